@@ -20,6 +20,7 @@ TOOL := $(UV) tool run --quiet --python $(RUN)
 # Many tests wait for something: four at a time keep two cores busy. The tests of a file share what is made for them.
 # ARGS="-n 0" runs them one by one.
 SIDE_BY_SIDE := --numprocesses 4 --dist loadfile --no-loadscope-reorder
+COMPUTING := --numprocesses 3 --dist loadfile --no-loadscope-reorder # few of these wait
 
 # PyTorch's wheels are large; by default uv gives up on a silent line after 30 s.
 export UV_HTTP_TIMEOUT ?= 300
@@ -41,7 +42,7 @@ test: $(VENV)/.installed-dev ## run the tests; ARGS="-k seeds"
 	@$(RUN) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-lowest: $(LOWEST)/.installed ## run the tests with the oldest versions that pyproject.toml allows
-	@$(LOWEST)/bin/python -m pytest -m "not collector and not lengthy and not own_code" $(SIDE_BY_SIDE) $(ARGS)
+	@$(LOWEST)/bin/python -m pytest -m "not collector and not lengthy and not own_code" $(COMPUTING) $(ARGS)
 
 test-wheel: build ## install the built wheel alone, without torch, and try it
 	@$(MAKE) --no-print-directory try-wheel

@@ -57,6 +57,8 @@ def _token(number: int, words: list[bytes]) -> Token:
         raise ValueError(
             f"line {number} begins with the word Bearer, which is added automatically: write only the token"
         )
+    if words[0].startswith(_PREFIX):  # a template whose variable was empty; the rest of the line is no secret
+        raise ValueError(f"line {number} begins with run=, where the token has to be")
     prefix = words[1] if len(words) == 2 else b""
     if len(words) > 2 or not _TOKEN.fullmatch(words[0]) or (prefix and not prefix.startswith(_PREFIX)):
         raise ValueError(f"line {number} must contain a token (ASCII without spaces), or a token and run=PREFIX")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 import warm
@@ -29,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes, or the making of one, says on a busy machine nothing about us. A test that needs more
 # examples than these says how many; `make fuzz` looks at thousands.
-_STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
+_STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=20)
 settings.register_profile("steady", _STEADY)
 settings.register_profile("fuzz", _STEADY, max_examples=2_000)
 # The same examples each time: newer versions of Hypothesis do this by themselves.
@@ -85,6 +88,30 @@ def pytest_configure(config: pytest.Config) -> None:
         warm.serve_tests()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """In a fresh clone the first process compiles what all of them import, while the others wait; else none waits."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None or any(Path(__file__).parent.glob("__pycache__/test_warm.*.pyc")):  # among the last
+        return (yield)
+    path = Path(tempfile.gettempdir()) / f"collecting-{run}"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            return (yield)
+        result = yield
+        path.unlink()
+        return result
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and all that they import stay: nobody looks through them for garbage again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The first test that needs a program may have to build it, for minutes; what takes long comes first."""
@@ -119,7 +146,6 @@ def no_garbage() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class RunningGateway:
 
     def _started(self, command: list[str]) -> subprocess.Popen[str] | warm.Process:
         if self._program is None and warm.are_served():
-            return warm.started(*command[1:], imported=warm.GATEWAY, descriptors=self._descriptors)
+            return warm.started(*command[1:], imported=warm.PACKAGE, descriptors=self._descriptors)
         if self._descriptors is not None:
             command = ["prlimit", f"--nofile={self._descriptors}", *command]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 from typing import Any
 
@@ -30,9 +30,14 @@ def interrupted(
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        call()
+        next(_apart(call))
     except KeyboardInterrupt:
         return True
     finally:
         sys.settrace(before)
     return False
+
+
+def _apart(call: Callable[[], object]) -> Iterator[object]:
+    """In a generator: an exception that is interrupted while it is caught stays the current one of whoever runs it."""
+    yield call()

@@ -24,6 +24,7 @@ def test_a_line_is_a_token_and_perhaps_a_prefix(tmp_path: Path) -> None:
         ("hunter2é", "line 2 must contain a token"),
         ("hunter2\x00", "line 2 must contain a token"),
         ("hunter2 run=", "line 2: run= without a prefix"),
+        ("run=hunter2", "line 2 begins with run="),
         ("Bearer hunter2", "line 2 begins with the word Bearer"),
         ("hunter2" + " " * 1024 * 1024, "it has more than 1048576 bytes"),
     ],

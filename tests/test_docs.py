@@ -120,6 +120,15 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert not missing, f"{page.name} names what is not there: {missing}"
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_every_room_is_described(page: str) -> None:
+    """A new folder says what it is for, where people look for it."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    folders = [path.parent.relative_to(PACKAGE) for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE]
+    rooms = [str(folder) for folder in folders if folder.parts[0] == "gateway" or len(folder.parts) == 1]
+    assert [room for room in rooms if f"`{room}/`" not in text] == []
+
+
 def anchors_of(page: Path) -> set[str]:
     """The anchors of the headings of a page and of what it includes, as code hosts make them."""
     text = page.read_text(encoding="utf-8")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 from gateways import RunningGateway
 from programs import until
 
@@ -29,9 +28,7 @@ def run(gateway: RunningGateway, *command: str | Path) -> str:
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{gateway.grpc}",
         "ESPER_RUN_ID": "untouched",
     }
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=False, env=environ, timeout=300
-    )
+    done = warm.run(*command, env=environ, imported=warm.FRAMEWORKS)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -21,6 +21,8 @@ PACKAGE = Path(esper_otel.__file__).parent
 
 # What each room may import at run time, besides itself, errors and the standard library. Imports for types are free.
 BASE = {"text", "log", "native", "unix", "untraced", "tracebacks", "varint"}
+# Files of the gateway that its rooms stand on; they know no room.
+GATEWAY_BASE = {f"gateway/{name}" for name in ("items", "limits", "turns", "changes", "quiet")}
 MAY_IMPORT = {
     "errors": set[str](),
     "text": set[str](),
@@ -48,49 +50,75 @@ MAY_IMPORT = {
     "leyline": {*BASE, "schema", "frames", "parts"},
     "session": {
         *(*BASE, "schema", "frames", "settings", "_version"),
+        *("session/identity", "session/parallel", "session/agreement", "session/launcher", "session/mpi"),
         *("record", "derive", "probes", "export", "leyline", "local_ports", "charts", "events"),
     },
+    # What a run is by its environment, which is checked without one.
+    "session/identity": {*BASE, "frames", "session/agreement", "session/launcher"},
+    "session/agreement": {*BASE, "frames", "session/launcher"},
+    "session/launcher": {*BASE, "session/mpi"},
+    "session/mpi": {*BASE},
+    "session/parallel": set[str](),
     "pull": {*BASE, "hours", "leyline", "addresses", "bearer", "local_ports"},
     "oona": {*BASE, "leyline"},
     "integrations": {*BASE, "derive", "record", "session"},
-    # Of the files that stand between the rooms of the gateway, the commands alone know the ports.
+    **{name: {*BASE, "frames", "parts"} for name in GATEWAY_BASE},
+    # Of the files that stand above the rooms of the gateway, the commands alone know the ports.
     "gateway": {
-        *(*BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer", "hours"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours", "gateway/events"),
+        *(*BASE, *GATEWAY_BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer", "hours"),
+        *("gateway/ranks", "gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours", "gateway/events"),
     },
     "gateway/command": {
         *BASE,
-        "leyline",
+        *GATEWAY_BASE,
+        "gateway/notify",
         "oona",
         "gateway",
+        "gateway/options",
         "gateway/store",
         "gateway/serve",
         "gateway/kafka/member_process",
     },
+    "gateway/options": {*BASE, *GATEWAY_BASE, "leyline", "oona", "gateway", "gateway/store", "gateway/serve"},
     "gateway/ui": {*BASE, "gateway", "gateway/command", "local_ports"},
-    "gateway/replay": {*BASE, "frames", "gateway", "gateway/command", "gateway/store", "gateway/serve"},
-    "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
-    "gateway/hours": {*BASE, "frames", "hours", "pull", "gateway", "gateway/receive", "gateway/store"},
-    "gateway/events": {*BASE, "pull", "gateway", "gateway/receive", "gateway/store"},
-    "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
-    "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
+    "gateway/replay": {
+        *(*BASE, *GATEWAY_BASE, "frames", "gateway"),
+        *("gateway/command", "gateway/options", "gateway/store", "gateway/serve"),
+    },
+    "gateway/receive": {*BASE, *GATEWAY_BASE, "schema", "frames", "parts"},
+    "gateway/hours": {*BASE, *GATEWAY_BASE, "frames", "hours", "pull", "gateway/receive", "gateway/store"},
+    "gateway/events": {*BASE, *GATEWAY_BASE, "pull", "gateway/receive", "gateway/store"},
+    "gateway/rebuild": {*BASE, *GATEWAY_BASE, "schema", "frames", "parts", "gateway/receive"},
+    "gateway/store": {*BASE, *GATEWAY_BASE, "frames", "parts", "leyline"},
     "gateway/kafka": {
-        *(*BASE, "schema", "frames", "hours", "leyline", "pull", "gateway"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
+        *(*BASE, *GATEWAY_BASE, "schema", "frames", "hours", "leyline", "pull", "gateway"),
+        *("gateway/ranks", "gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours", "gateway/events"),
     },
     # A member and a server: the processes, with their ports.
-    "gateway/kafka/member_process": {*BASE, "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
-    "gateway/kafka/command": {*BASE, "oona", "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
-    "gateway/page_data": {*BASE, "schema", "frames", "leyline", "pull", "charts", "gateway", "gateway/store"},
+    "gateway/kafka/member_process": {
+        *(*BASE, *GATEWAY_BASE, "gateway", "gateway/options", "gateway/kafka", "gateway/serve"),
+    },
+    "gateway/kafka/command": {
+        *(*BASE, *GATEWAY_BASE, "oona", "gateway", "gateway/command", "gateway/options"),
+        *("gateway/kafka", "gateway/serve"),
+    },
+    "gateway/notify": {*BASE, *GATEWAY_BASE, "schema", "frames", "leyline", "oona", "addresses"},
+    "gateway/ranks": {*BASE, *GATEWAY_BASE, "schema", "frames", "pull"},
+    "gateway/page_data": {
+        *(*BASE, *GATEWAY_BASE, "schema", "frames", "leyline", "pull", "charts", "gateway/ranks", "gateway/store"),
+    },
     "gateway/serve": {
-        *(*BASE, "schema", "frames", "leyline", "pull", "charts", "hours"),
-        *("gateway", "gateway/receive", "gateway/store", "gateway/page_data"),
+        *(*BASE, *GATEWAY_BASE, "schema", "frames", "leyline", "pull", "charts", "hours"),
+        *("gateway", "gateway/ranks", "gateway/receive", "gateway/store", "gateway/page_data"),
     },
     "charts": {"schema", "hours"},
     "report": {*BASE, "schema", "frames", "hours", "parts", "leyline", "pull", "charts", "local_ports"},
     "compare": {"text", "schema", "frames", "pull", "report", "gateway/store", "local_ports"},
     "files": {"text", "_version", "schema", "leyline"},
-    "check": {*BASE, "schema", "frames", "settings", "export", "send", "leyline", "pull", "_version"},
+    "check": {
+        *(*BASE, "schema", "frames", "settings", "export", "send", "leyline", "pull", "_version", "events"),
+        *("session/identity", "session/parallel"),
+    },
     "send": {*BASE, "schema", "frames", "settings", "export", "events"},
     "testing": {"schema", "export"},
     "demo": {"schema", "settings", "session", "leyline", "testing", "record", "_version", ""},

@@ -8,14 +8,13 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tomllib
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import warm
 from frame_examples import RUN, TIME_UNIX_NS, make_frame
 from gateways import RunningGateway, post
 from programs import Redis
@@ -72,15 +71,7 @@ def run_examples(names: list[str], collector: MemoryCollector, folder: Path) -> 
         "    sys.argv[:] = [name]\n"
         "    runpy.run_path(name + '.py', run_name='__main__')\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, *names],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-        env=environ,
-        cwd=folder,
-    )
+    ran = warm.run("-c", code, *names, env=environ, cwd=folder)
     assert ran.returncode == 0, ran.stderr
     return dict(part.split("\n", 1) for part in ran.stdout.split("== ")[1:])
 
@@ -177,9 +168,9 @@ def test_the_packets_of_another_machine_are_printed_as_the_tutorial_says(tmp_pat
         environ = os.environ | {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{gateway.grpc}"}
         script = tmp_path / "trainer.py"
         script.write_text(EXAMPLES["tamiyo"], encoding="utf-8")
-        subprocess.run([sys.executable, str(script)], check=True, timeout=110, env=environ, capture_output=True)
+        assert warm.run(script, env=environ, imported=warm.PACKAGE).returncode == 0
         script.write_text(EXAMPLES["gateway"].replace("127.0.0.1:4327", gateway.grpc), encoding="utf-8")
-        done = subprocess.run([sys.executable, str(script)], check=True, timeout=110, capture_output=True, text=True)
+        done = warm.run(script, imported=warm.PACKAGE)
     assert done.stdout.splitlines() == ["[('digits-7', 1, 'completed')]", "1 1 True 0.41999998688697815"]
 
 
@@ -193,8 +184,7 @@ def test_a_run_at_two_gateways_is_pulled_as_the_guide_says(tmp_path: Path) -> No
                 post(gateway.http, body)
         program = EXAMPLES["several"].replace("127.0.0.1:4327", first.grpc).replace("127.0.0.1:5327", second.grpc)
         (tmp_path / "controller.py").write_text(program.replace("client.ended", "not client.ended"), encoding="utf-8")
-        command = [sys.executable, str(tmp_path / "controller.py")]
-        done = subprocess.run(command, check=True, timeout=110, capture_output=True, text=True)
+        done = warm.run(tmp_path / "controller.py", imported=warm.PACKAGE)
     pages = [line.partition(" ") for line in done.stdout.splitlines()]
     assert [step for _, _, steps in pages for step in json.loads(steps)] == [1, 2, 3, 4, 5, 6]
     assert {gap for gap, _, _ in pages} == {"0"}

@@ -58,7 +58,7 @@ class Tier:
             *("--partitions", str(partitions), "--replication", "1", *self._config, *given),
         ]
         made = (
-            warm.run(*command, imported=warm.GATEWAY)
+            warm.run(*command, imported=warm.PACKAGE)
             if warm.are_served()
             else subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
         )
@@ -79,12 +79,12 @@ class Tier:
         """A pull server; ``patch`` is Python that it runs first."""
         return RunningTierProcess("serve", *self.options(), *options, patch=patch)
 
-    def send(self, key: str, body: bytes, partition: int = -1) -> None:
+    def send(self, key: str, body: bytes, partition: int = -1, topic: str = "otlp") -> None:
         """A request, as the collector's exporter sends it."""
         if self._producer is None:
             own = {"log_level": 0, "linger.ms": 1, "enable.idempotence": True}
             self._producer = Producer({"bootstrap.servers": self.address, **own, **self._properties})
-        self._producer.produce(f"{self.prefix}.otlp", body, key, partition)
+        self._producer.produce(f"{self.prefix}.{topic}", body, key, partition)
         self._producer.poll(0)
 
     def change(self, topic: str, **config: str) -> None:
@@ -107,7 +107,7 @@ class Tier:
         """All records of a topic."""
         own = {"group.id": "look", "isolation.level": isolation, "enable.partition.eof": True, "log_level": 0}
         consumer = Consumer({"bootstrap.servers": self.address, **own})
-        partitions = 1 if topic == "dead" else self.partitions
+        partitions = 1 if topic in ("dead", "events") else self.partitions
         consumer.assign([TopicPartition(f"{self.prefix}.{topic}", each, 0) for each in range(partitions)])
         found, ends = [], 0
         while ends < partitions:

@@ -1,14 +1,13 @@
 """Python processes that have no need to import what takes long: forks of one process that has done so.
 
-``started()`` is for tests whose scripts need PyTorch and a process of their own, which take seconds to import it, and
-for gateways, which take one second. Such a process does what Python would do: ``-c``, ``-m`` and scripts,
-``PYTHONPATH`` and ``sitecustomize``, standard streams, signals, the exit status. ``import torch`` goes through the
-import system, and takes a millisecond. Differences: PyTorch computes with one thread, modules are not taken apart at
-the end, and what a gateway needs has been imported, whoever looks. A few tests start Python itself, for what this file
-cannot prove.
+``started()`` is for tests whose scripts need a process of their own, and PyTorch, which takes seconds to import, or
+this package, which takes one. Such a process does what Python would do: ``-c``, ``-m`` and scripts, ``PYTHONPATH`` and
+``sitecustomize``, standard streams, signals, the exit status. ``import torch`` goes through the import system, and
+takes a millisecond. Differences: PyTorch computes with one thread, modules are not taken apart at the end, and this
+package has been imported, whoever looks. A few tests start Python itself, for what this file cannot prove.
 
-This file is the server too, one with PyTorch and one with what a gateway needs: they are started with the tests, import
-that when they are first asked for a process, and end with the tests.
+This file is the server too: one with PyTorch, one with Lightning and Transformers as well, and one with what this
+package needs. They are started with the tests, import that when they are first asked for a process, and end with them.
 """
 
 from __future__ import annotations
@@ -41,10 +40,26 @@ from typing import Any, NamedTuple, NoReturn
 import greenlet
 
 _ADDRESS = "WARM_PYTHON"  # the variable: test processes inherit it from the one that has started them
-TORCH, GATEWAY = "torch", "gateway"
+TORCH, FRAMEWORKS, PACKAGE = "torch", "frameworks", "package"
+_WITH_TORCH = ("torch", "torch._dynamo", "torch.utils.data")
 _PRELOADED = {
-    TORCH: ("torch", "torch._dynamo", "torch.utils.data"),
-    GATEWAY: ("esper_otel.gateway.command", "esper_otel.gateway.kafka.command", "grpc.aio", "aiohttp.web", "redis"),
+    TORCH: _WITH_TORCH,
+    FRAMEWORKS: (
+        *(
+            *_WITH_TORCH,
+            "torch._inductor.output_code",
+            "torch.distributed.run",
+            "accelerate",
+            "lightning",
+            "transformers.trainer",
+        ),
+        *("transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2"),
+    ),
+    PACKAGE: (
+        *("esper_otel.session.start", "esper_otel.export.grpc_sender", "esper_otel.export.http_sender"),
+        *("esper_otel.gateway.command", "esper_otel.gateway.kafka.command", "grpc.aio", "aiohttp.web", "redis"),
+        *("esper_otel.pull.command", "esper_otel.send.command"),
+    ),
 }
 _MOST_BYTES = 1 << 20
 
@@ -84,8 +99,9 @@ class Done(NamedTuple):
 class Process:
     """A process that runs. The names are those of ``subprocess.Popen``."""
 
-    def __init__(self, connection: socket.socket, output: int, errors: int) -> None:
+    def __init__(self, connection: socket.socket, given: int | None, output: int, errors: int) -> None:
         self._connection = connection
+        self.stdin = None if given is None else os.fdopen(given, "w", encoding="utf-8")
         self.stdout = os.fdopen(output, encoding="utf-8")
         self.stderr = os.fdopen(errors, encoding="utf-8")
         self.pid: int = self._answer(300)
@@ -118,8 +134,16 @@ class Process:
         """Ends it at once."""
         self.send_signal(signal.SIGKILL)
 
-    def communicate(self, timeout: float = 300) -> tuple[str, str]:
-        """Waits for its end; returns what it has written to standard output and to standard error."""
+    def communicate(self, given: str = "", timeout: float = 300) -> tuple[str, str]:
+        """Waits for its end; returns what it has written to standard output and to standard error.
+
+        Args:
+            given: what it can read from standard input, if it takes any; that ends then.
+            timeout: how long to wait, in seconds.
+        """
+        if self.stdin is not None:
+            with suppress(BrokenPipeError), self.stdin:
+                self.stdin.write(given)
         with ThreadPoolExecutor(2) as readers:
             output, errors = readers.submit(self.stdout.read), readers.submit(self.stderr.read)
             self.wait(timeout)
@@ -140,6 +164,7 @@ def started(
     cwd: str | Path | None = None,
     imported: str = TORCH,
     descriptors: int | None = None,
+    takes_input: bool = False,
 ) -> Process:
     """Starts what Python would do with these arguments. Standard output and error are pipes, and text.
 
@@ -147,11 +172,13 @@ def started(
         command: without Python itself.
         env: its variables; None: ours.
         cwd: where it starts; None: here.
-        imported: TORCH, or GATEWAY: what it has imported already.
+        imported: TORCH, FRAMEWORKS or PACKAGE: what it has imported already.
         descriptors: how many files it may open; None: as many as the tests.
+        takes_input: whether standard input is a pipe, too; else it is empty.
     """
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     output, errors = os.pipe(), os.pipe()
+    given = os.pipe() if takes_input else (os.open(os.devnull, os.O_RDONLY), None)
     order = {
         "command": [str(part) for part in command],
         "environ": dict(os.environ if env is None else env),
@@ -160,11 +187,11 @@ def started(
     }
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.connect(f"{os.environ[_ADDRESS]}-{imported}")
-        socket.send_fds(server, [json.dumps(order).encode()], [theirs.fileno(), output[1], errors[1]])
+        socket.send_fds(server, [json.dumps(order).encode()], [theirs.fileno(), given[0], output[1], errors[1]])
     theirs.close()
-    os.close(output[1])
-    os.close(errors[1])
-    return Process(mine, output[0], errors[0])
+    for each in (given[0], output[1], errors[1]):
+        os.close(each)
+    return Process(mine, given[1], output[0], errors[0])
 
 
 def run(
@@ -177,6 +204,22 @@ def run(
     process = started(*command, env=env, cwd=cwd, imported=imported)
     output, errors = process.communicate()
     return Done(process.wait(), output, errors)
+
+
+def executable(folder: Path, imported: str = TORCH) -> Path:
+    """A program that does what Python would do with its arguments, for launchers that start Python themselves.
+
+    A fork that has its path in the variable PYTHON_EXEC, as torchrun knows it, has it as ``sys.executable``.
+
+    Args:
+        folder: where it is written.
+        imported: as in ``started``.
+    """
+    path = folder / f"python-with-{imported}"
+    client = Path(__file__).with_name("warm_python.py")
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {client} {os.environ[_ADDRESS]}-{imported} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 # -- the server --------------------------------------------------------------------------------------------------
@@ -214,7 +257,7 @@ def _fork(
 ) -> tuple[dict[str, Any], list[int]] | None:
     asker, _ = listening.accept()
     with asker:
-        text, descriptors, _, _ = socket.recv_fds(asker, _MOST_BYTES, 3)
+        text, descriptors, _, _ = socket.recv_fds(asker, _MOST_BYTES, 4)
     answers = socket.socket(fileno=descriptors[0])
     for name in _PRELOADED[imported]:
         with suppress(ModuleNotFoundError):  # the broker's client, for one
@@ -284,8 +327,7 @@ def _execve(path: str, command: Sequence[str | Path], environ: Mapping[str, str]
 
 def _prepare(order: dict[str, Any], descriptors: list[int], imported: str) -> None:
     """Makes this process what a fresh one would be."""
-    standard_input = os.open(os.devnull, os.O_RDONLY)
-    for number, descriptor in enumerate([standard_input, *descriptors]):
+    for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -293,7 +335,7 @@ def _prepare(order: dict[str, Any], descriptors: list[int], imported: str) -> No
     os.execve = _execve  # type: ignore[assignment]
     if order["descriptors"] is not None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (order["descriptors"], order["descriptors"]))
-    if imported == TORCH:
+    if imported != PACKAGE:
         _Kept()
 
 
@@ -327,6 +369,7 @@ def _become(command: Sequence[str], environ: Mapping[str, str], own: Sequence[st
     """Does what Python would do with these arguments and variables."""
     os.environ.clear()
     os.environ.update(environ)
+    sys.executable = environ.get("PYTHON_EXEC", sys.executable)
     first, *rest = _paths(command, environ, own)
     sys.path[:] = rest
     if any((Path(folder) / "sitecustomize.py").is_file() for folder in rest):

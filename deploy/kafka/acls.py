@@ -22,6 +22,7 @@ from confluent_kafka.admin import (
 from topics import access_arguments, properties
 
 READ, WRITE, DESCRIBE = AclOperation.READ, AclOperation.WRITE, AclOperation.DESCRIBE
+WRITER = (WRITE, DESCRIBE, AclOperation.DESCRIBE_CONFIGS)  # the last, to ask how large a record may be
 TOPIC, GROUP, TRANSACTIONS = ResourceType.TOPIC, ResourceType.GROUP, ResourceType.TRANSACTIONAL_ID
 LITERAL, PREFIXED = ResourcePatternType.LITERAL, ResourcePatternType.PREFIXED
 
@@ -30,16 +31,18 @@ def rules(prefix: str, collector: str, member: str, server: str) -> Iterator[Acl
     """What each of them may do."""
     for user, kind, name, pattern, operations in (
         (collector, TOPIC, f"{prefix}.otlp", LITERAL, (WRITE, DESCRIBE)),
+        (collector, TOPIC, f"{prefix}.events", LITERAL, (WRITE, DESCRIBE)),
         (member, TOPIC, f"{prefix}.otlp", LITERAL, (READ, DESCRIBE)),
-        (member, TOPIC, f"{prefix}.frames", LITERAL, (READ, WRITE, DESCRIBE)),
-        (member, TOPIC, f"{prefix}.runs", LITERAL, (READ, WRITE, DESCRIBE)),
-        (member, TOPIC, f"{prefix}.dead", LITERAL, (WRITE, DESCRIBE)),
+        (member, TOPIC, f"{prefix}.frames", LITERAL, (READ, *WRITER)),
+        (member, TOPIC, f"{prefix}.runs", LITERAL, (READ, *WRITER)),
+        (member, TOPIC, f"{prefix}.dead", LITERAL, WRITER),
         (member, GROUP, f"{prefix}-gateway", LITERAL, (READ, DESCRIBE)),
         (member, GROUP, f"{prefix}-readers", LITERAL, (DESCRIBE,)),
         (member, TRANSACTIONS, f"{prefix}.frames-", PREFIXED, (WRITE, DESCRIBE)),
         (server, GROUP, f"{prefix}-readers", LITERAL, (DESCRIBE,)),
         (server, TOPIC, f"{prefix}.frames", LITERAL, (READ, DESCRIBE)),
         (server, TOPIC, f"{prefix}.runs", LITERAL, (READ, DESCRIBE)),
+        (server, TOPIC, f"{prefix}.events", LITERAL, (READ, DESCRIBE)),
     ):
         for operation in operations:
             yield AclBinding(kind, name, pattern, f"User:{user}", "*", operation, AclPermissionType.ALLOW)

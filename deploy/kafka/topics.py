@@ -14,11 +14,12 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, NewTopic
 
 LARGEST = 8 * 1024 * 1024
+LARGEST_EVENTS = 256 * 1024 * 1024
 HOUR_MS = 3_600_000
 
 
 def topics(options: argparse.Namespace) -> list[NewTopic]:
-    """The four topics. Only the last one may have another number of partitions, and none may ever change it."""
+    """The five topics. The last two have one partition; none may ever have another number."""
     common = {
         "max.message.bytes": str(LARGEST),
         "min.insync.replicas": str(max(options.replication - 1, 1)),
@@ -27,8 +28,16 @@ def topics(options: argparse.Namespace) -> list[NewTopic]:
     kept = {"retention.ms": str(int(options.keep_hours * HOUR_MS))}
     # Requests are needed until a member has used them: as long as an outage of all members may take.
     requests = {"retention.ms": str(int(options.keep_request_hours * HOUR_MS))}
-    compacted = {"cleanup.policy": "compact", "segment.ms": str(HOUR_MS), "min.cleanable.dirty.ratio": "0.3"}
+    # Members and servers read all of it when they start: only whole segments are compacted, so these are small.
+    compacted = {
+        "cleanup.policy": "compact",
+        "segment.ms": str(HOUR_MS),
+        "segment.bytes": str(2 * LARGEST),
+        "min.cleanable.dirty.ratio": "0.3",
+    }
     dead = {"retention.ms": str(14 * 24 * HOUR_MS), "retention.bytes": str(2**30)}
+    # Servers read all of them when they start.
+    events = {"retention.ms": str(7 * 24 * HOUR_MS), "retention.bytes": str(LARGEST_EVENTS)}
     return [
         NewTopic(f"{options.topics}.{name}", partitions, options.replication, config={**common, **own})
         for name, partitions, own in (
@@ -36,6 +45,7 @@ def topics(options: argparse.Namespace) -> list[NewTopic]:
             ("frames", options.partitions, kept),
             ("runs", options.partitions, compacted),
             ("dead", 1, dead),
+            ("events", 1, events),
         )
     ]
 

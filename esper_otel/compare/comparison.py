@@ -57,7 +57,7 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Failed if one condition is; else no verdict if one has none."""
+        """Failed if a condition failed; otherwise without a verdict if a condition has none; otherwise passed."""
         verdicts = {line.verdict for line in self.lines}
         return next((each for each in (Verdict.FAILED, Verdict.NONE) if each in verdicts), Verdict.PASSED)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +23,9 @@ from esper_otel.report.recording import StepRow, of_file, of_gateway
 from esper_otel.report.table import KEYS, SEED_PREFIX
 
 _PAGE = 256
+_MOST_NAMED = 20
 _TABLES = (".parquet", ".csv")
+_MOST_NUMBERS = 50_000_000  # of a table, as of a run at a gateway
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class _StepValues:
 
     def __init__(self) -> None:
         self.count = 0
-        self._series: defaultdict[str, list[float]] = defaultdict(list)
+        self._series: defaultdict[str, array[float]] = defaultdict(lambda: array("d"))
 
     def add(self, values: Mapping[str, float]) -> None:
         self.count += 1
@@ -107,9 +111,8 @@ def _of_store(folder: Path, run_id: str, rank: int) -> Readings:
     finally:
         source.close()
     if not found:
-        raise ConfigurationError(
-            f"no step of rank {rank} of run {run_id!r} is in {folder}; runs there: {', '.join(known) or 'none'}"
-        )
+        there = ", ".join(known[:_MOST_NAMED]) or "none"
+        raise ConfigurationError(f"no step of rank {rank} of run {run_id!r} is in {folder}; runs there: {there}")
     newest = max(frame.run.attempt for frame in found.values())  # as from a gateway
     steps = _StepValues()
     for _, frame in sorted(found.items()):
@@ -121,7 +124,9 @@ def _of_store(folder: Path, run_id: str, rank: int) -> Readings:
 def _of_table(path: Path) -> Readings:
     try:
         columns = _of_parquet(path) if path.suffix == ".parquet" else _of_csv(path)
-    except (OSError, ValueError, csv.Error) as error:  # those of pyarrow are ValueErrors or OSErrors
+    except ConfigurationError:
+        raise
+    except Exception as error:  # noqa: BLE001 - anybody may have written it, and pyarrow raises errors of any type
         raise ConfigurationError(f"{path} cannot be read: {error}") from None
     if columns is None:
         raise ConfigurationError(f"{path} is not a table of esper-otel report: its first columns are not {KEYS}")
@@ -134,14 +139,22 @@ def _of_parquet(path: Path) -> tuple[int, dict[str, Values]] | None:
         from pyarrow import compute, parquet
     except ImportError:
         raise ConfigurationError(f"{path} needs pyarrow: pip install 'esper-otel[parquet]'") from None
-    names = parquet.read_schema(path).names
-    if tuple(names[: len(KEYS)]) != KEYS:
-        return None
-    wanted = [name for name in names if name not in KEYS and not name.startswith(SEED_PREFIX)]
-    table = parquet.read_table(path, columns=["seed_id", *wanted])
+    with parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if tuple(names[: len(KEYS)]) != KEYS:
+            return None
+        wanted = [name for name in names if name not in KEYS and not name.startswith(SEED_PREFIX)]
+        if file.metadata.num_rows * (len(wanted) + 1) > _MOST_NUMBERS or _unpacked_bytes(file) > 16 * _MOST_NUMBERS:
+            raise ConfigurationError(f"{path} has more than {_MOST_NUMBERS} numbers")
+        table = file.read(["seed_id", *wanted])
     table = table.filter(compute.equal(table["seed_id"], ""))
     series = {name: table[name].drop_null().to_numpy().astype(np.float64) for name in wanted}
     return table.num_rows, {name: values for name, values in series.items() if len(values)}
+
+
+def _unpacked_bytes(file: Any) -> int:
+    """Returns how large a Parquet file says that it is when unpacked."""
+    return sum(file.metadata.row_group(place).total_byte_size for place in range(file.metadata.num_row_groups))
 
 
 def _of_csv(path: Path) -> tuple[int, dict[str, Values]] | None:
@@ -150,10 +163,14 @@ def _of_csv(path: Path) -> tuple[int, dict[str, Values]] | None:
         names = next(lines, [])
         if tuple(names[: len(KEYS)]) != KEYS:
             return None
-        steps = _StepValues()
+        steps, numbers = _StepValues(), 0
         wanted = [(at, name) for at, name in enumerate(names) if name not in KEYS and not name.startswith(SEED_PREFIX)]
         for line in lines:
             if len(line) == len(names) and not line[3]:
-                steps.add({name: float(line[at]) for at, name in wanted if line[at]})
+                values = {name: float(line[at]) for at, name in wanted if line[at]}
+                numbers += len(values) + 1
+                if numbers > _MOST_NUMBERS:
+                    raise ConfigurationError(f"{path} has more than {_MOST_NUMBERS} numbers")
+                steps.add(values)
     of_all = steps.readings(str(path))
     return of_all.steps, dict(of_all.series)

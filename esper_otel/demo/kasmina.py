@@ -120,7 +120,7 @@ class Kasmina:
             meeting.blended = meeting.blended + seed.alpha * change
 
     def grown(self, depth: int, features: Tensor) -> Tensor:
-        """Does the same without measuring, for validation and hypothetical losses."""
+        """Returns the features after the seeds that blend at a depth, unmeasured, for validation and for trials."""
         blended = features
         for seed in self.seeds:
             if seed.depth == depth and seed.stage in BLENDED:

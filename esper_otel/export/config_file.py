@@ -36,7 +36,7 @@ _WITHOUT_VALUES = (
 
 
 def configured(environ: Mapping[str, str] = os.environ) -> Mapping[str, str]:
-    """Returns the environment; where it names a file, with the variables that the file stands for instead of its own.
+    """Returns the environment; if it names a configuration file, with the variables that are equivalent to that file.
 
     Variables ``OTEL_PYTHON_*`` have no counterpart in a file, and stay.
 

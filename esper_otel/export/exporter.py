@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,12 +11,14 @@ from typing import Any, TypeVar
 
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 
-from esper_otel.export import outcome as outcomes
-from esper_otel.export.device_points import DevicePoint, DeviceScopes
-from esper_otel.export.encode import NO_PHASES, AccompanyingData, Encoder, PhasesAlong, Request
+from esper_otel.export.closing_time import ClosingTime
+from esper_otel.export.device_points import DevicePoint
+from esper_otel.export.encode import NO_PHASES, AccompanyingData, Encoder, Request
 from esper_otel.export.event_exporter import EventExporter
+from esper_otel.export.health_scopes import HealthScopes
 from esper_otel.export.journal_file import JournalFile
-from esper_otel.export.phase_points import in_one_request, phase_scope
+from esper_otel.export.phase_sending import PHASES_AFTER_S, PhaseSending
+from esper_otel.export.sending import Sending
 from esper_otel.export.source import FrameSource, LeftoverSource, LiveSource, put_goodbye
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Stream, before_a_return
@@ -31,13 +34,10 @@ from esper_otel.untraced import untraced
 
 _FRAMES_AT_ONCE = 1_000
 _PAUSE_WHILE_CLOSING_S = 0.2
-_GOODBYE_S = 1.0  # what is left of the time to close, or a fifth of it, is for the end of the run
 HEALTH_EVERY_S = 10.0
-_PHASES_AFTER_S = 2.0  # a small request may overtake one with steps that was sent just before
+# When to send what other ranks left: they send it themselves if they have been started again, before their new steps.
+_OTHERS_AFTER_S = 30.0
 _MS = 1_000_000
-_EXPORTED, _QUEUE = ("esper.frames.exported", ""), ("esper.export.queue", "")
-_ENDED = "esper.run.ended"
-_PHASE_MS = "esper.phase_ms"  # among the counts for readers; sent in a scope of its own
 _NO_SCOPES: Sequence[ScopeMetrics] = ()
 
 _T = TypeVar("_T")
@@ -64,7 +64,8 @@ class StepExporter:
         fault: called with each internal error; it counts and logs the error.
         warnings: where failures are reported.
         spool: keeps frames on disk that must outlive the process.
-        leftovers: returns the frames that earlier sessions left; called once, in the exporter's thread.
+        leftovers: returns the frames that earlier sessions left: of the same rank, or with True of all; called in the
+            exporter's thread.
         phases: the phases, which are sent with the frames.
         phase_file: keeps phases on disk that must outlive the process.
         run_of: returns the session's run once it is closing, for phases and an end without any step.
@@ -86,7 +87,7 @@ class StepExporter:
         fault: Callable[[str, Exception], None],
         warnings: Warnings,
         spool: Spool | None = None,
-        leftovers: Callable[[], Iterable[LeftoverSource]] = tuple,
+        leftovers: Callable[[bool], Iterable[LeftoverSource]] = lambda _: (),
         phases: PhaseLog | None = None,
         phase_file: JournalFile[Phase] | None = None,
         run_of: Callable[[], Run | None] = lambda: None,
@@ -95,12 +96,9 @@ class StepExporter:
     ) -> None:
         self._sender = sender
         self._events = events
-        self._device = DeviceScopes(device)
         self._idle_ns = idle_ns
         self._every_s = every_s
-        self._timeout_s = timeout_s
         self._prepare = prepare
-        self._health = health
         self._fault = fault
         self._warnings = warnings
         self._spool = spool
@@ -113,33 +111,21 @@ class StepExporter:
         self._live = LiveSource(
             ring, encoder, spool, self._log, phase_file, run_of, None if events is None else events.live
         )
-        self._along_unix_ns = 0
         self._at_once = _FRAMES_AT_ONCE
-        self._failures = 0
         self._has_said_goodbye = self._has_said_waiting = False
-        self._started_unix_ns = time.time_ns()
-        self._next_health_s = 0.0
-        self._health_unix_ns = 0
-        self._said: Sequence[ScopeMetrics] = ()  # what was sent at that time
-        self._last_sent_s = float("-inf")
-        self._goodbye: tuple[int, Sequence[ScopeMetrics]] | None = None
+        self._health = HealthScopes(health, encoder, device, HEALTH_EVERY_S, fault)
         self._owes_health = False
         self._exit_status: int | None = None
-        self._deadline_s: float | None = None
-        self._patience_s = self._goodbye_s = 0.0
-        self._latest_s = float("-inf")
+        self._time = ClosingTime(timeout_s)
         self._wake = Bell()
         self._closing = threads().Event()
         self._thread = threads().Thread(target=self._work_untraced, name="esper-otel-export", daemon=True)
-        self.rejected_points: int = 0
+        self.sending: Sending = Sending(sender, timeout_s, warnings)
+        self._phases = PhaseSending(self._live, self._log, self.sending, self._time, idle_ns, warnings)
         self.recovered: int = 0
-        self.retries: int = 0
         self.kept: int = 0
         self.outcome: str | None = None
         self.dropped: Counter[str] = Counter()
-        self.errors_unix_s: dict[str, float] = {}
-        self.latency_ms: float | None = None
-        self.last_error: str | None = None
 
     @property
     def waiting(self) -> int:
@@ -193,7 +179,9 @@ class StepExporter:
     def join(self, deadline_s: float) -> None:
         """Waits for the thread to end, at most until ``deadline_s`` of ``time.monotonic`` or what it has become."""
         is_first = True
-        while (left_s := max(deadline_s, self._deadline_s or 0.0) - time.monotonic()) > 0 and self._thread.is_alive():
+        while (
+            left_s := max(deadline_s, self._time.deadline_s or 0.0) - time.monotonic()
+        ) > 0 and self._thread.is_alive():
             if not is_first:
                 self._say_how_many_wait()
             is_first = False
@@ -201,12 +189,10 @@ class StepExporter:
 
     def hurry(self, deadline_s: float) -> None:
         """Brings forward the end of closing, as when a signal arrives meanwhile: by ``deadline_s`` at the latest."""
-        self._latest_s = min(self._latest_s, deadline_s)
-        if self._deadline_s is not None:
-            self._deadline_s = min(self._deadline_s, deadline_s)
+        self._time.hurry(deadline_s)
 
     def _say_how_many_wait(self) -> None:
-        left_s = self._latest_s - time.monotonic()
+        left_s = self._time.latest_s - time.monotonic()
         if self.waiting and not self._has_said_waiting:
             self._has_said_waiting = True
             announce("closing", f"steps left to send: {self.waiting}, for {left_s:.0f} s at most; Ctrl-C gives them up")
@@ -228,16 +214,13 @@ class StepExporter:
         """
         self.outcome = outcome
         self._exit_status = exit_status
-        self._patience_s = max(deadline_s - time.monotonic(), 0.0)
-        self._goodbye_s = min(_GOODBYE_S, self._patience_s / 5)
-        self._latest_s = latest_s
-        self._deadline_s = deadline_s
+        self._time.begin(deadline_s, latest_s)
         self._closing.set()
         self._wake.set()
         try:
             self.join(deadline_s)
-        except BaseException:  # who gives up the steps does not wait for the events either
-            self._deadline_s = time.monotonic()
+        except BaseException:  # if the steps are given up, the events are not waited for either
+            self._time.deadline_s = time.monotonic()
             raise
         finally:  # after a Ctrl-C the remaining steps are still spooled or counted
             self._end(outcome)
@@ -279,20 +262,24 @@ class StepExporter:
             self._work()
 
     def _work(self) -> None:
-        self._adopt()
+        self._adopt(are_all=False)
+        others_at_s = time.monotonic() + _OTHERS_AFTER_S
         pause_s: float | None = self._every_s or HEALTH_EVERY_S
-        while self._deadline_s is None:
+        while self._time.deadline_s is None:
+            if time.monotonic() > others_at_s:
+                others_at_s = math.inf
+                self._adopt(are_all=True)
             # After a failure, a new step does not trigger an early retry.
-            (self._closing if self._failures else self._wake).wait(pause_s)
+            (self._closing if self.sending.failures else self._wake).wait(pause_s)
             self._wake.clear()
             pause_s = self._send_guarded()
-        while (left_s := self._left_for_frames_s()) > 0 and self._send_guarded() is not None:
+        while (left_s := self._time.left_for_frames_s()) > 0 and self._send_guarded() is not None:
             time.sleep(min(_PAUSE_WHILE_CLOSING_S, left_s))
         try:
             self._give_up_frames()
             self._has_said_goodbye = self._say_goodbye()
         except Exception as error:  # noqa: BLE001 - the frames are delivered; the end of the run is not
-            self._report(f"{type(error).__name__}: {error}", error=error)
+            self.sending.report(f"{type(error).__name__}: {error}", error=error)
 
     def _guarded(self, where: str, work: Callable[..., None], *arguments: Any) -> None:
         """Runs secondary work. An internal error in it is only counted, so that it never delays or repeats steps."""
@@ -317,20 +304,20 @@ class StepExporter:
                 self._events.release(0)
             pause_s = self._send_waiting()
         except Exception as error:  # noqa: BLE001 - the thread must live as long as the session
-            self._report(f"{type(error).__name__}: {error}", error=error)
-            pause_s = self._pause()
+            self.sending.report(f"{type(error).__name__}: {error}", error=error)
+            pause_s = self.sending.pause()
         if pause_s is not None:
             return pause_s
-        self._failures = 0
-        if self._deadline_s is not None:
+        self.sending.failures = 0
+        if self._time.deadline_s is not None:
             return None
         pause_s = self._every_s or HEALTH_EVERY_S
         is_more = self._live.waiting_phases or (self._events is not None and self._events.holds_back)
-        return min(pause_s, _PHASES_AFTER_S) if is_more else pause_s
+        return min(pause_s, PHASES_AFTER_S) if is_more else pause_s
 
-    def _adopt(self) -> None:
+    def _adopt(self, *, are_all: bool) -> None:
         try:
-            for leftover in self._leftovers_of():
+            for leftover in self._leftovers_of(are_all):
                 self._leftovers.append(leftover)
                 if leftover.deleted:
                     self.dropped["spool full"] += leftover.deleted
@@ -345,7 +332,7 @@ class StepExporter:
             self._leftovers.popleft()
         pause_s = self._deliver(self._live)
         if pause_s is None and self._live.waiting_phases:
-            pause_s = self._send_live_phases()
+            pause_s = self._phases.send_live()
         if pause_s is None:
             self._guarded("sending health", self._send_health)
             self._guarded("sending events", self._release_events)
@@ -356,7 +343,7 @@ class StepExporter:
         try:
             pause_s = self._deliver(leftover)
             if pause_s is None:
-                pause_s = self._send_phases(leftover, None)
+                pause_s = self._phases.send(leftover, None)
             if pause_s is None and not leftover.has_said_goodbye:
                 self._guarded("ending the series of an earlier session", leftover.say_goodbye)
                 pause_s = self._send_beside(leftover)
@@ -405,7 +392,7 @@ class StepExporter:
         """
         due = self._live.cursor + self._live.waiting
         while True:
-            if self._left_for_frames_s() <= 0:
+            if self._time.left_for_frames_s() <= 0:
                 return 0.0
             blocks, gone = source.after(self._at_once)
             if gone:
@@ -417,12 +404,12 @@ class StepExporter:
             settled = blocks[0].first - 1
             for request in self._requests(source, blocks):
                 pause_s = self._settled(
-                    source, request, self._sent(request.body, self._left_for_frames_s()), blocks, settled
+                    source, request, self.sending.send(request.body, self._time.left_for_frames_s()), blocks, settled
                 )
                 if pause_s is not None:
                     return pause_s
                 settled += request.frames
-            if source is self._live and settled >= due and self._every_s and self._deadline_s is None:
+            if source is self._live and settled >= due and self._every_s and self._time.deadline_s is None:
                 return None
 
     def _requests(self, source: FrameSource, blocks: Sequence[Block]) -> Iterator[Request]:
@@ -443,30 +430,12 @@ class StepExporter:
         else:
             self._at_once = _FRAMES_AT_ONCE
 
-    def _left_for_frames_s(self) -> float:
-        """Returns how much time there is for frames; while the session lives, as much as for a request."""
-        if self._deadline_s is None:
-            return self._timeout_s
-        return self._deadline_s - self._goodbye_s - time.monotonic()
-
-    def _left_s(self) -> float:
-        """Returns how much time there is for what is sent after the frames."""
-        return self._timeout_s if self._deadline_s is None else self._deadline_s - time.monotonic()
-
     def _give_up_frames(self) -> None:
         """Counts the frames that can neither be sent in time nor kept, so that the counts sent last have them."""
         count = self.waiting
         if count and self._spool is None and self._live.run is not None:
             self._advance(self._live, count)
             self.dropped["not sent before close"] += count
-
-    def _sent(self, body: bytes, left_s: float) -> Outcome:
-        left_s = min(self._timeout_s, max(left_s, 0.05))
-        started_s = time.monotonic()
-        outcome = self._sender.send(body, left_s)
-        self._last_sent_s = time.monotonic()
-        self.latency_ms = (self._last_sent_s - started_s) * 1e3
-        return outcome
 
     def _settled(
         self, source: FrameSource, request: Request, outcome: Outcome, blocks: Sequence[Block], settled: int
@@ -482,29 +451,29 @@ class StepExporter:
         """
         if outcome.result is Result.TOO_LARGE and source.encoder.shrink(request.points // 2):
             return 0.0
-        if self._is_to_be_repeated(outcome):
-            return self._pause(outcome)
+        if self.sending.is_to_be_repeated(outcome):
+            return self.sending.pause(outcome)
         if outcome.result is not Result.DELIVERED:
-            self._report(outcome.reason, outcome.result)
+            self.sending.report(outcome.reason, outcome.result)
             self.dropped[outcome.result.value] += request.frames
             self._owes_health = self._owes_health or request.has_health
-            self._note_phases(source, request.last_phase, is_refused=True)
+            self._phases.note(source, request.last_phase, is_refused=True)
             self._guarded("reading events", self._read_events, source, blocks, settled, request.frames)
             self._advance(source, request.frames)
             return None
-        self._failures = 0
+        self.sending.failures = 0
         self._guarded("reading events", self._read_events, source, blocks, settled, request.frames)
         source.delivered += request.frames
         if source is not self._live:
             self.recovered += request.frames
         self._advance(source, request.frames)  # first, so that an error below does not send delivered frames again
         source.has_said_goodbye = source.has_said_goodbye or request.is_goodbye
-        self._note_phases(source, request.last_phase)
-        health_unix_ns = self._health_unix_ns if request.has_health else 0
-        source.sent_unix_ns = max(source.sent_unix_ns, health_unix_ns, self._along_unix_ns)
+        self._phases.note(source, request.last_phase)
+        health_unix_ns = self._health.unix_ns if request.has_health else 0
+        source.sent_unix_ns = max(source.sent_unix_ns, health_unix_ns, self._phases.unix_ns)
         last = settled + request.frames
         source.run = next(block.run for block in blocks if block.last >= last)
-        self._guarded("noting an answer", self._note_answer, request, outcome)
+        self._guarded("noting an answer", self.sending.note_answer, request, outcome)
         self._guarded("noting the series sent", source.streams.named, request.names)
         if request.frames:
             self._guarded("noting the series ended", source.streams.settled, last)
@@ -512,9 +481,8 @@ class StepExporter:
 
     def _advance(self, source: FrameSource, count: int) -> None:
         """Moves past settled frames, even if the disk cannot record that."""
-        if self._deadline_s is not None and source is self._live:  # the endpoint takes frames, if slowly
-            patient_s = min(time.monotonic() + self._patience_s, self._latest_s)
-            self._deadline_s = max(self._deadline_s, patient_s)
+        if source is self._live:
+            self._time.extend()
         try:
             source.advance(count)
         except OSError as error:
@@ -522,119 +490,29 @@ class StepExporter:
                 "spool", "the spool cannot record what was sent (%s): after a kill it is sent again", error
             )
 
-    def _note_answer(self, request: Request, outcome: Outcome) -> None:
-        refused = min(outcome.rejected_points, request.points)  # the endpoint may report more points than were sent
-        if refused:
-            self.rejected_points += refused
-            self._report(f"{refused} points were refused: {outcome.reason}", Result.REFUSED)
-        else:
-            self.last_error = None
-            if outcome.reason:
-                self._warnings.say("remark", "the endpoint took the steps and says: %s", outcome.reason)
-
-    def _is_to_be_repeated(self, outcome: Outcome) -> bool:
-        if outcome.result not in {Result.TEMPORARY, Result.UNAUTHENTICATED}:
-            return False
-        self._report(outcome.reason, outcome.result)
-        self.retries += 1
-        return True
-
     def _send_beside(self, source: FrameSource) -> float | None:
         """Sends the requests after the last frame. Returns how long to pause before trying again, None when done."""
         while source.beside:
-            outcome = self._sent(source.beside[0], self._left_s())
-            if self._is_to_be_repeated(outcome):
-                return self._pause(outcome)
+            outcome = self.sending.send(source.beside[0], self._time.left_s())
+            if self.sending.is_to_be_repeated(outcome):
+                return self.sending.pause(outcome)
             if outcome.result is not Result.DELIVERED:
-                self._report(outcome.reason, outcome.result)
+                self.sending.report(outcome.reason, outcome.result)
             source.beside.popleft()
         return None
-
-    def _pause(self, outcome: Outcome | None = None) -> float:
-        """Returns how long to wait after a failure."""
-        self._failures += 1
-        return outcomes.pause_s(self._failures, outcome)
-
-    def _report(self, reason: str, result: Result | None = None, error: Exception | None = None) -> None:
-        self.last_error = reason
-        self.errors_unix_s["internal" if result is None else result.value] = time.time()
-        self._warnings.say("export", "steps do not reach the endpoint: %s", reason, exc_info=error)
 
     # -- data sent in addition to the frames -------------------------------------------------------------
 
     def _along(self, source: FrameSource, blocks: Sequence[Block]) -> AccompanyingData:
         """Collects the data to send with the frames of a source. An internal error in it does not delay the frames."""
-        is_over = source is not self._live or (self._deadline_s is not None and not self._leftovers)
+        is_over = source is not self._live or (self._time.deadline_s is not None and not self._leftovers)
         all_ended = partial(self._given, "ending the series", list[Stream](), source.streams.all_ended)
         return AccompanyingData(
             self._given("noting the series sent", {}, source.streams.note, blocks),
             partial(self._given, "saying the counts", _NO_SCOPES, partial(self._health_of, source)),
             all_ended if is_over and source.are_last(blocks) else None,
-            partial(self._given, "sending phases", NO_PHASES, self._phases_of, source),
+            partial(self._given, "sending phases", NO_PHASES, self._phases.along, source),
         )
-
-    # -- phases ------------------------------------------------------------------------------------------
-
-    def _phases_of(self, source: FrameSource, time_unix_ns: int) -> PhasesAlong:
-        """Returns the phases to send with frames up to this time."""
-        self._along_unix_ns = time_unix_ns
-        waiting = source.phases(time_unix_ns)
-        if not waiting:
-            return NO_PHASES
-        along, end_unix_ns = self._along_with(source, waiting)
-        self._along_unix_ns = max(time_unix_ns, end_unix_ns)  # late phases are moved, maybe beyond the frames
-        return along
-
-    def _along_with(self, source: FrameSource, waiting: Sequence[Phase]) -> tuple[PhasesAlong, int]:
-        """Returns the first of these phases, as many as fit into one request, and the newest end of them."""
-        some = in_one_request(waiting, source.sent_unix_ns)
-        scope = phase_scope(some, source.encoder.catalogue, source.start_unix_ns)
-        return PhasesAlong(scope, some[-1].number), max(phase.end_unix_ns for phase in some)
-
-    def _note_phases(self, source: FrameSource, number: int, *, is_refused: bool = False) -> None:
-        """Moves past the phases of a request that the endpoint has taken, or refused for good."""
-        if not number:
-            return
-        if is_refused:
-            self._log.dropped += sum(phase.number <= number for phase in source.phases(None))
-        try:
-            source.phases_delivered(number)
-        except OSError as error:
-            self._warnings.say(
-                "spool", "the spool cannot record which phases were sent (%s): after a kill they are sent again", error
-            )
-
-    def _send_live_phases(self) -> float | None:
-        """Sends phases that no frame carries: at the end, or if none follows for a while, as in a long evaluation.
-
-        They are not sent while a step is open, whose frame would be older.
-        """
-        if self._deadline_s is not None:
-            return self._send_phases(self._live, None)
-        if self._live.run is None or time.monotonic() < self._last_sent_s + _PHASES_AFTER_S:
-            return None
-        until_unix_ns = self._idle_ns(max(self._live.streams.last_unix_ns, 0))
-        return None if until_unix_ns is None else self._send_phases(self._live, until_unix_ns)
-
-    def _send_phases(self, source: FrameSource, until_unix_ns: int | None) -> float | None:
-        """Sends phases alone. Returns how long to pause before trying again, None when done."""
-        while waiting := source.phases(until_unix_ns):
-            run = source.phases_run
-            if run is None:
-                break
-            if self._left_s() <= 0:
-                return 0.0
-            along, end_unix_ns = self._along_with(source, waiting)
-            assert along.scope is not None
-            outcome = self._sent(source.encoder.alone(run, along.scope), self._left_s())
-            if self._is_to_be_repeated(outcome):
-                return self._pause(outcome)
-            is_refused = outcome.result is not Result.DELIVERED
-            if is_refused:
-                self._report(outcome.reason, outcome.result)
-            self._note_phases(source, along.last, is_refused=is_refused)
-            source.sent_unix_ns = max(source.sent_unix_ns, end_unix_ns)
-        return None
 
     # -- events ------------------------------------------------------------------------------------------
 
@@ -645,7 +523,7 @@ class StepExporter:
             source.events.reader.read(blocks, settled + 1, settled + frames)
 
     def _release_events(self) -> None:
-        """Lets events go that happened before what was sent, or at a time that no later frame can precede."""
+        """Releases events that happened before what was sent, or at a time that no later frame can precede."""
         if self._events is not None:
             last_unix_ns = max(self._live.streams.last_unix_ns, 0)
             self._events.release(max(last_unix_ns, self._idle_ns(last_unix_ns) or 0))
@@ -656,9 +534,8 @@ class StepExporter:
             return False
         if leftover.run is not None:  # the session may have noted its first events before the ranks agreed on its name
             leftover.events.settle(leftover.run, leftover.encoder.resource(leftover.run))
-        unix_ns = max(leftover.streams.last_unix_ns, leftover.sent_unix_ns, 0)
-        leftover.events.reader.end(leftover.outcome, unix_ns)
-        leftover.folder.delete_frames()  # so that the end of the run is not sent again if its events have to wait
+        leftover.events.reader.end(leftover.outcome, leftover.newest_unix_ns)
+        leftover.folder.delete_delivered()  # so that the end of the run is not sent again if its events have to wait
         self._events.adopt(leftover.events)
         self._say_recovered(leftover)
         return True
@@ -678,7 +555,7 @@ class StepExporter:
                 if live.resource() is None:  # no step, no phase, and nothing went wrong: no run for anybody to see
                     live.log.delivered(live.log.last)
         finally:
-            is_all = events.close(self._deadline_s or 0.0)
+            is_all = events.close(self._time.deadline_s or 0.0)
         return is_all
 
     # -- health ------------------------------------------------------------------------------------------
@@ -694,29 +571,9 @@ class StepExporter:
         if isinstance(source, LeftoverSource):
             return source.health(time_unix_ns) if is_end else ()
         if is_end:
-            return self._last_health(time_unix_ns, frames)
-        is_due = self._deadline_s is None and (time.monotonic() >= self._next_health_s or self._device.has_news())
-        return self._health_at(time_unix_ns, frames) if is_due and time_unix_ns > self._health_unix_ns else ()
-
-    def _last_health(self, time_unix_ns: int, frames: int = 0) -> Sequence[ScopeMetrics]:
-        """Returns the final counts. Further calls for the same time return the same counts."""
-        if self._goodbye is None or self._goodbye[0] != time_unix_ns:
-            self._goodbye = time_unix_ns, self._health_at(time_unix_ns, frames, is_end=True)
-        return self._goodbye[1]
-
-    def _health_at(self, time_unix_ns: int, frames: int = 0, *, is_end: bool = False) -> Sequence[ScopeMetrics]:
-        self._next_health_s = time.monotonic() + HEALTH_EVERY_S
-        self._health_unix_ns = time_unix_ns = _end_of_ms(time_unix_ns)
-        # Closing may begin while these counts are made: only the last ones say how the run ended.
-        left_out = {_PHASE_MS} if is_end else {_PHASE_MS, _ENDED}
-        counts = {key: count for key, count in self._health().items() if key[0] not in left_out}
-        for name, more in ((_EXPORTED, frames), (_QUEUE, -frames)):
-            if name in counts:
-                counts[name] += more
-        start_unix_ns = self._started_unix_ns
-        scope = self._live.encoder.health_scope(counts, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns)
-        self._said = [scope, *self._given("describing the device", _NO_SCOPES, self._device.scopes, time_unix_ns)]
-        return self._said
+            return self._health.last(time_unix_ns, frames)
+        is_due = self._time.deadline_s is None and self._health.is_due()
+        return self._health.at(time_unix_ns, frames) if is_due and time_unix_ns > self._health.unix_ns else ()
 
     def _send_health(self) -> None:
         """Sends the session's own metrics in a separate request, in the two cases where no frames can carry them.
@@ -728,23 +585,23 @@ class StepExporter:
         that the process lives.
         """
         run, last_unix_ns = self._live.run, self._live.streams.last_unix_ns
-        if run is None or self._deadline_s is not None:
+        if run is None or self._time.deadline_s is not None:
             return
-        time_unix_ns, said = last_unix_ns, _NO_SCOPES
         if not self._owes_health:
-            if time.monotonic() < max(self._next_health_s, self._last_sent_s + HEALTH_EVERY_S):
+            if time.monotonic() < max(self._health.next_s, self.sending.last_sent_s + HEALTH_EVERY_S):
                 return
             idle_unix_ns = self._idle_ns(last_unix_ns)
             if idle_unix_ns is None:
-                time_unix_ns = max(last_unix_ns, self._live.sent_unix_ns)
-                said = self._said if _end_of_ms(time_unix_ns) <= self._health_unix_ns else ()
-            elif idle_unix_ns > max(last_unix_ns, self._health_unix_ns):
-                time_unix_ns = idle_unix_ns
+                scopes = self._health.again(max(last_unix_ns, self._live.sent_unix_ns))
+            elif idle_unix_ns > max(last_unix_ns, self._health.unix_ns):
+                scopes = self._health.at(idle_unix_ns)
             else:
                 return
+        else:
+            scopes = self._health.at(last_unix_ns)
         self._owes_health = False
-        self._sent(self._live.encoder.alone(run, *(said or self._health_at(time_unix_ns))), self._left_s())
-        self._live.sent_unix_ns = max(self._live.sent_unix_ns, self._health_unix_ns)
+        self.sending.send(self._live.encoder.alone(run, *scopes), self._time.left_s())
+        self._live.sent_unix_ns = max(self._live.sent_unix_ns, self._health.unix_ns)
 
     def _say_goodbye(self) -> bool:
         """Sends the final counts, the outcome of the run, and the end of every series.
@@ -753,7 +610,7 @@ class StepExporter:
         be sent was delivered.
         """
         live = self._live
-        if self.waiting or self._leftovers or self._deadline_s is None:
+        if self.waiting or self._leftovers or self._time.deadline_s is None:
             return False
         if live.has_said_goodbye:
             return True  # it went with the last frames
@@ -761,20 +618,11 @@ class StepExporter:
             if self.outcome in FINE and not live.sent_unix_ns:
                 return True  # nothing was ever sent, and nothing went wrong: no run for anybody to see
             live.run, live.sent_unix_ns = live.phases_run, max(live.sent_unix_ns, time.time_ns())
-        time_unix_ns = max(live.streams.last_unix_ns, self._health_unix_ns, live.sent_unix_ns) + _MS
-        health = self._given("saying how the run ended", _NO_SCOPES, self._last_health, time_unix_ns)
+        time_unix_ns = max(live.streams.last_unix_ns, self._health.unix_ns, live.sent_unix_ns) + _MS
+        health = self._given("saying how the run ended", _NO_SCOPES, self._health.last, time_unix_ns)
         put_goodbye(live, health, time_unix_ns, self._fault)
-        while time.monotonic() < self._deadline_s:
+        while time.monotonic() < self._time.deadline_s:
             if self._send_beside(live) is None:
                 return True
             time.sleep(_PAUSE_WHILE_CLOSING_S)
         return False
-
-
-def _end_of_ms(time_unix_ns: int) -> int:
-    """Returns the last nanosecond of the time's millisecond.
-
-    It is later than the frame of this time, earlier than the next frame, and the same time for a backend that counts
-    milliseconds.
-    """
-    return time_unix_ns - time_unix_ns % _MS + _MS - 1

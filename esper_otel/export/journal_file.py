@@ -59,7 +59,7 @@ class JournalFile(Generic[EntryT]):
         self._most_bytes = _RENEW_BYTES
 
     def write(self, entries: Sequence[EntryT]) -> None:
-        """Writes new entries. Never raises: they are still in the journal if the disk cannot be written."""
+        """Writes new entries; without any, the run alone. Never raises: if the disk fails, they are in the journal."""
         if self._is_closed:  # the folder may be another session's by now
             return
         try:
@@ -143,7 +143,7 @@ def stored_entries(folder: Folder, name: str, checked: Callable[[object], EntryT
     stored = StoredEntries(list(entries_in(content, checked, after)))
     for line in content.splitlines():
         if line.startswith(b"{"):
-            with suppress(ValueError, TypeError, KeyError, AttributeError):
+            with suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                 said = json.loads(line)
                 run, resource = checked_run(said["run"]), Resource(said["attributes"], said["schema_url"])
                 stored = stored._replace(run=run, resource=resource, start_unix_ns=int(said["start_unix_ns"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,16 +46,19 @@ def main(options: argparse.Namespace) -> int:
         thresholds = given or thresholds
         wanted = contents(thresholds)
         folder.mkdir(parents=True, exist_ok=True)
-        left = [name for name in wanted if not options.force and not _is_ours(folder / name, before.get(name))]
+        beyond = [name for name in wanted if _is_beyond_a_link(folder, name)]
+        left = beyond + [
+            name
+            for name in wanted
+            if name not in beyond and not options.force and not _is_ours(folder / name, before.get(name))
+        ]
         for name, content in wanted.items():
             if name not in left:
-                path = folder / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
+                _write(folder / name, content)
         record = {name: _digest(content) for name, content in wanted.items() if name not in left}
         said = {"version": __version__, "thresholds": thresholds, "files": {**before, **record}}
         text = json.dumps(said, indent=1, sort_keys=True)
-        (folder / _RECORD).write_text(text + "\n", encoding="utf-8")
+        _write(folder / _RECORD, f"{text}\n".encode())
     except OSError as error:
         raise ConfigurationError(f"{error.filename or folder} cannot be written: {error.strerror}") from None
     sys.stdout.write(f"{len(wanted) - len(left)} files of esper_otel {__version__} are in {printable(folder)}\n")
@@ -62,7 +66,8 @@ def main(options: argparse.Namespace) -> int:
         listed = ", ".join(f"{name} = {value:g}" for name, value in sorted(thresholds.items()))
         sys.stdout.write(f"thresholds in the rules: {listed}\n")
     for name in left:
-        sys.stdout.write(f"left alone, because it was changed or is not from this command: {name} (--force)\n")
+        why = "a folder on its way is a link" if name in beyond else "it was changed or is not from this command"
+        sys.stdout.write(f"left alone, because {why}: {name}{'' if name in beyond else ' (--force)'}\n")
     return 1 if left else 0
 
 
@@ -94,8 +99,11 @@ def _shipped() -> Iterator[tuple[str, bytes]]:
 
 def _recorded(folder: Path) -> tuple[dict[str, str], dict[str, float]]:
     """Returns the digests of the files that this command has written before, and the thresholds in them."""
+    path = folder / _RECORD
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ConfigurationError(f"{path} is a link, a pipe or a folder: remove it, or give another folder")
     try:
-        with (folder / _RECORD).open("rb") as file:
+        with path.open("rb") as file:
             said = json.loads(file.read(_MOST_OF_A_RECORD))
         thresholds = {str(name): float(value) for name, value in said["thresholds"].items()}
         return {str(name): str(digest) for name, digest in said["files"].items()}, thresholds
@@ -107,12 +115,30 @@ def _recorded(folder: Path) -> tuple[dict[str, str], dict[str, float]]:
 
 def _is_ours(path: Path, digest: str | None) -> bool:
     """Whether a file may be written: it is not there, or is as this command has left it."""
-    if path.is_symlink():
+    if path.is_symlink() or (path.exists() and not path.is_file()):
         return False
     try:
         return _digest(path.read_bytes()) == digest
     except FileNotFoundError:
         return True
+
+
+def _is_beyond_a_link(folder: Path, name: str) -> bool:
+    """Whether a folder on the way to a file is a link: what is written there would be outside of ``folder``."""
+    return any((folder / each).is_symlink() for each in list(Path(name).parents)[:-1])
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replaces a file as a whole: where a link leads, nothing is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _digest(content: bytes) -> str:

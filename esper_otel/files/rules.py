@@ -143,7 +143,7 @@ def _beyond(rule: Rule, usual: UsualLevels | None, naming: Naming) -> str:
 
 
 def recorded(naming: Naming) -> list[tuple[str, str]]:
-    """Recording rules: when something came last, kept for longer than Prometheus looks back."""
+    """Recording rules that keep the last time of something for longer than Prometheus looks back."""
     step = naming.labelled(f"timestamp({naming.name('esper.global_step')}{{{naming.runs}}})")
     ended = naming.labelled(f"timestamp({naming.name('esper.run.ended')}{{{naming.runs}}})")
     counts = naming.labelled(f"timestamp({naming.name('esper.frames.recorded')}{{{naming.runs}}})")
@@ -324,9 +324,9 @@ _OVER_LIMIT = "too many (attributes|live seeds|metrics|points|runs|seeds).*"
 PIPELINE = [
     Alert(
         "EsperCollectorDropping",
-        'sum by (job, instance, exporter) (rate({__name__=~"otelcol_exporter_send_failed_metric_points(_total)?"}[5m])) > 0',
+        'sum by (job, instance, exporter) (rate({__name__=~"otelcol_exporter_send_failed_(metric_points|log_records)(_total)?"}[5m])) > 0',
         "high",
-        "the collector {{ $labels.instance }} drops {{ $value | humanize }} points a second: {{ $labels.exporter }} refuses them",
+        "the collector {{ $labels.instance }} drops {{ $value | humanize }} points or log records a second: {{ $labels.exporter }} refuses them",
         "Its log says why. A wrong token is refused for good: let the receiving side accept both tokens while they change.",
     ),
     Alert(
@@ -395,7 +395,7 @@ PIPELINE = [
         "EsperGatewayDeferring",
         "sum by (job, instance, reason) (increase(esper_gateway_deferred_requests_total[1m])) > 0",
         "warn",
-        "the esper gateway {{ $labels.instance }} asks senders to come again: {{ $labels.reason }}",
+        "the esper gateway {{ $labels.instance }} asks senders to retry: {{ $labels.reason }}",
         "They keep the data. Too many runs: raise --limit runs, or send some to another gateway before their buffers are "
         "full.",
         "2m",

@@ -86,7 +86,7 @@ class BlackBox:
             self._alarm = self._started("loss not finite")
 
     def ended(self, outcome: str) -> None:
-        """The end of a session; written when it went wrong. What is being written is waited for a second at most."""
+        """Writes the file if a session ends by an error; waits a second at most for one that is being written."""
         if self._alarm is not None:
             self._alarm.join(_WRITING_S)
         if outcome not in FINE and self._frames and self._ring.last:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from mmap import mmap
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from esper_otel.frames.frame import ABSENT, ABSENT_BITS, NARROW, NO_READINGS, NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import HEAD, HEAD_WORDS, NUMBERS, NUMBERS_PLACE, WHOLE, Layout
+from esper_otel.frames.row_memory import RowMemory
 
 # Cells of a block's array at most, for each cell that was recorded, and in addition to these.
 _CELLS_FOR_EACH = 4
@@ -45,6 +47,7 @@ class Chunk:
         first: sequence number of the first row.
         capacity: its size in bytes, rounded up to whole doubles; at least that of the first row.
         live: the live seeds before the first row.
+        memory: memory to use again, of this capacity; None for new memory.
 
     Attributes:
         rows: how many rows it has.
@@ -53,9 +56,11 @@ class Chunk:
         seeds: ids of the seeds recorded in a step, by their number; number 0 is no seeds.
         widths: how many columns the cells of these seeds have.
         retired: the seeds that were retired before a row, by the row.
+        memory: its memory.
     """
 
     __slots__ = (
+        "__weakref__",
         "_numbers",
         "_offsets",
         "_other_bytes",
@@ -65,6 +70,7 @@ class Chunk:
         "first",
         "layouts",
         "live",
+        "memory",
         "offsets",
         "retired",
         "rows",
@@ -73,13 +79,16 @@ class Chunk:
         "widths",
     )
 
-    def __init__(self, run: Run, first: int, capacity: int, live: SeedTable = NO_SEEDS) -> None:
+    def __init__(
+        self, run: Run, first: int, capacity: int, live: SeedTable = NO_SEEDS, memory: RowMemory | None = None
+    ) -> None:
         self.run: Run = run
         self.first: int = first
         self.capacity: int = -(-capacity // 8) * 8
         self.live: SeedTable = live
-        self.buffer: bytearray = bytearray(self.capacity)
-        self._offsets = bytearray(4 * (self.capacity // HEAD.size))
+        self.memory: RowMemory = memory or RowMemory(self.capacity, self.capacity // HEAD.size)
+        self.buffer: bytearray | mmap = self.memory.content
+        self._offsets = self.memory.offsets
         self.offsets: memoryview[int] = memoryview(self._offsets).cast("I")
         self.rows: int = 0
         self.end: int = 0
@@ -185,7 +194,18 @@ class Chunk:
 
         Rows with the same names are together: the names, and an array with the rows' values for each of them.
         """
-        places = np.frombuffer(self._offsets, np.uint32, stop - start, 4 * start).astype(np.intp) >> 3
+        offsets = np.frombuffer(self._offsets, np.uint32, stop - start, 4 * start)
+        place, size = self.offsets[start], self.row_size(start)
+        if (np.diff(offsets) == size).all():  # rows of one size, which mostly have one layout, too
+            numbers = np.ndarray(stop - start, np.uint32, self.buffer, place + NUMBERS_PLACE, size)
+            layout = self.layouts[numbers[0]]
+            if (numbers == numbers[0]).all():
+                shape = (len(layout.recorded), stop - start)
+                first = place + HEAD.size + 8 * layout.bounds[2]
+                if layout.recorded:
+                    yield layout.recorded, np.ndarray(shape, np.float64, self.buffer, first, (8, size)).copy()
+                return
+        places = offsets.astype(np.intp) >> 3
         of_layouts = np.frombuffer(self.buffer, np.uint32)[2 * places + 9]
         doubles = np.frombuffer(self.buffer, np.float64)
         for number in np.flatnonzero(np.bincount(of_layouts)).tolist():
@@ -313,7 +333,7 @@ class Chunk:
 def frame_of(
     run: Run,
     sequence: int,
-    content: bytes | bytearray,
+    content: bytes | bytearray | mmap,
     offset: int,
     layout: Layout,
     seeds: SeedTable,
@@ -341,7 +361,7 @@ def frame_of(
     )
 
 
-def table_of(content: bytes | bytearray, offset: int, ids: tuple[str, ...], columns: int) -> SeedTable:
+def table_of(content: bytes | bytearray | mmap, offset: int, ids: tuple[str, ...], columns: int) -> SeedTable:
     """Returns the table of seeds whose cells begin at an offset of some bytes."""
     if not ids:
         return NO_SEEDS

@@ -26,6 +26,12 @@ def digest_of(seed_ids: tuple[str, ...]) -> int:
     return reduce(xor, map(_number_of, seed_ids), 0)
 
 
+def prepare(seed_ids: Collection[str]) -> None:
+    """Computes in advance what the digest of a set with these seeds needs, because that takes long for very many."""
+    for seed_id in seed_ids:
+        _number_of(seed_id)
+
+
 @lru_cache(maxsize=65_536)
 def _number_of(seed_id: str) -> int:
     return int.from_bytes(sha256(seed_id.encode(errors="surrogatepass")).digest()[:_BYTES], "big")

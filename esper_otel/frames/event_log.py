@@ -159,7 +159,7 @@ class EventLog(Journal[Event, Happening]):
             self._stages.pop(seed_id, None)
 
     def to_store(self) -> list[Event]:
-        """See ``Journal``: in addition, the events that tell where seeds and signals stand."""
+        """See ``Journal``: in addition, the events from which stages of seeds and active signals follow."""
         with self._lock:
             resumed = [] if self._resumed is None else [self._resumed]
             needed = [*self._waiting, *self._stages.values(), *self._signals.values(), *resumed]
@@ -179,9 +179,11 @@ def checked_event(fields: object) -> Event:
     numbers = (event.number, event.observed_unix_ns, event.severity, event.time_unix_ns, event.sequence)
     is_good = all(type(each) is int and 0 <= each < 2**63 for each in numbers)
     is_good = is_good and type(event.name) is str and type(event.body) is str
-    is_good = is_good and all(each is None or type(each) is int for each in (event.step, event.epoch))
+    further = [each for each in (event.step, event.epoch) if each is not None]
+    is_good = is_good and all(type(each) is int and 0 <= each < 2**64 for each in further)
     if not is_good or not isinstance(event.attributes, dict):
         raise ValueError("not an event")
-    if not all(type(value) in {str, int, float} for value in event.attributes.values()):
+    values = event.attributes.values()
+    if not all(type(value) in {str, int, float} and (type(value) is not int or abs(value) < 2**63) for value in values):
         raise ValueError("not an event")
     return event

@@ -1,4 +1,4 @@
-"""Journals: numbered things of a session that are no steps, such as phases, kept until they are delivered."""
+"""Journals: numbered entries of a session other than steps, such as phases, kept until they are delivered."""
 
 from __future__ import annotations
 
@@ -147,13 +147,13 @@ def entries_in(content: bytes, checked: Callable[[object], EntryT], after: int) 
 
     Args:
         content: the file.
-        checked: makes an entry of what stands in a line; raises ValueError or TypeError if it is none.
+        checked: makes an entry of the content of a line; raises ValueError or TypeError if that is not one.
         after: the number.
     """
     for line in content.splitlines():
         try:
             entry = checked(json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             continue
         if entry.number > after:
             after = entry.number

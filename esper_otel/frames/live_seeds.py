@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frames.frame import ABSENT, ABSENT_BITS, COLUMN, NO_SEEDS, Cells, SeedTable, alike, is_absent
+from esper_otel.frames.frame import ABSENT, ABSENT_BITS, COLUMN, NO_SEEDS, WIDTH, Cells, SeedTable, is_absent
 from esper_otel.schema import SEED_CELLS, SEED_FIELDS, Stage
 
 _STAGE = COLUMN["stage"]
 _ALPHA_STEPS = COLUMN["alpha_steps"]
 _VIOLATIONS = COLUMN["isolation_violations"]
-
-
-class SeedStep(NamedTuple):
-    """What one step's rows mean, given the seeds that were live before it.
-
-    Attributes:
-        recorded: the step's rows; ``alpha_steps`` only where the seed is BLENDING.
-        live: every live seed with its last known cells.
-        violations: isolation violations new in this step; None if no row has any.
-        nonfinite: recorded cells that are NaN or infinite.
-        out_of_range: recorded cells outside their range, by field.
-        erased: rows whose ``alpha_steps`` were recorded but are ignored, because the seed is not BLENDING.
-        is_settled: whether the checks were skipped, because the step is like the one before.
-    """
-
-    recorded: SeedTable
-    live: SeedTable
-    violations: float | None
-    nonfinite: int
-    out_of_range: tuple[str, ...]
-    erased: tuple[int, ...] = ()
-    is_settled: bool = False
+_EXACT = slice(_STAGE, _VIOLATIONS + 1, _VIOLATIONS - _STAGE)  # the stage and the count of violations
+_BLENDING = float(Stage.BLENDING)
+_BLENDING_BYTES = struct.pack("=d", _BLENDING)
+_INFINITY = float("inf")
 
 
 def _bounds() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -50,258 +34,333 @@ _LOW, _HIGH = _bounds()
 # ones above those: one comparison of integers finds what is finite and in range. Where negative values are
 # allowed the sign is masked out first.
 _UINT64 = np.dtype(np.uint64)
-_xor, _and, _is_at_most = np.bitwise_xor, np.bitwise_and, np.less_equal
-_EVERY_BIT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-_MASK = np.where(_LOW < 0.0, np.uint64(0x7FFF_FFFF_FFFF_FFFF), _EVERY_BIT)
+_and, _is_at_most, _is_equal = np.bitwise_and, np.less_equal, np.equal
+_MASK = np.where(_LOW < 0.0, np.uint64(0x7FFF_FFFF_FFFF_FFFF), np.uint64(0xFFFF_FFFF_FFFF_FFFF))
 _HIGHEST_BITS = np.minimum(_HIGH, np.finfo(np.float64).max).view(np.uint64)
+_ABSENT = np.uint64(ABSENT_BITS)
 
-_MOST_KNOWN = 16  # sets of seeds that are recorded in turns
+_BLANK = np.full((64, WIDTH), ABSENT)  # cells of seeds that have none yet
+
+_MOST_SHAPES = 8
+_FEW = 32
+
+_Rows: TypeAlias = npt.NDArray[np.intp]
 
 
-class _SettledRows:
-    """What a run of similar steps has in common; a step that matches needs no further checks.
-
-    A step matches if it has the same seeds, cells, stages and violations, and if all cells are finite and in their
-    ranges. It does if ``(bits ^ expected) & mask <= limit`` holds for each cell.
+class _Marks:
+    """Marks cells of tables of one shape: a byte for each, in the order in which they lie in memory.
 
     Args:
-        step: the step that later ones are compared with.
-        rows: the rows of its seeds among the live ones; None if it has all live seeds, in their order.
+        cells: a table of this shape.
+
+    Attributes:
+        shape: the shape.
+        strides: how the cells lie in memory.
+        all: the bytes if each cell is marked.
+        flags: the last marks, as an array.
+    """
+
+    __slots__ = ("_flat", "_limit", "_mask", "_scratch", "all", "flags", "shape", "strides")
+
+    def __init__(self, cells: Cells) -> None:
+        columns = cells.shape[1]
+        self.shape: tuple[int, ...] = cells.shape
+        self.strides: tuple[int, ...] = cells.strides
+        self._mask = np.empty_like(cells, _UINT64)
+        self._mask[...] = _MASK[:columns]
+        self._limit = np.empty_like(cells, _UINT64)
+        self._limit[...] = _HIGHEST_BITS[:columns]
+        self._scratch = np.empty_like(cells, _UINT64)
+        self.flags: npt.NDArray[np.bool_] = np.empty_like(cells, np.bool_)
+        self._flat = self.flags.reshape(-1, order="A")  # as it lies in memory: a view
+        self.all: bytes = b"\1" * cells.size
+
+    def fits(self, cells: Cells) -> bool:
+        """Whether a table is of this shape, and lies in memory in the same way."""
+        return cells.shape == self.shape and cells.strides == self.strides
+
+    def good(self, cells: Cells) -> bytes:
+        """Marks cells that are present, finite and in their range."""
+        _and(cells.view(_UINT64), self._mask, self._scratch)
+        _is_at_most(self._scratch, self._limit, self.flags)
+        return self._flat.tobytes()
+
+    def absent(self, cells: Cells) -> bytes:
+        """Marks cells that are absent."""
+        _is_equal(cells.view(_UINT64), _ABSENT, self.flags)
+        return self._flat.tobytes()
+
+
+class _Likeness(NamedTuple):
+    """What a step that recorded every live seed shares with those like it, which need no further checks.
+
+    A step is like it if it has the same seeds, stages, counts of violations and absent cells, and all other cells are
+    finite and in range.
 
     Attributes:
         ids: the seeds.
-        violations: new in a step that matches; None if no row has any.
+        marks: for tables of its shape.
+        good: the marks of the cells that are good.
+        absent: those of the cells that are absent; empty if none is.
+        exact: the stages and counts of violations.
+        erased: rows whose ``alpha_steps`` do not count, because the seed is not BLENDING.
+        is_whole: whether its rows are all that is known of the seeds.
+        violations: new in a step like it; None if no row has any.
     """
 
-    __slots__ = (
-        "_all",
-        "_erased",
-        "_expected",
-        "_fits",
-        "_fitting",
-        "_flat",
-        "_limit",
-        "_mask",
-        "_present",
-        "_rows",
-        "_scratch",
-        "ids",
-        "violations",
-    )
+    ids: tuple[str, ...]
+    marks: _Marks
+    good: bytes
+    absent: bytes
+    exact: bytes
+    erased: Sequence[int]
+    is_whole: bool
+    violations: float | None
 
-    def __init__(self, step: SeedStep, rows: Sequence[int] | None) -> None:
-        bits = step.recorded.cells.view(np.uint64)
-        exact = bits == ABSENT_BITS
-        self._rows = None if rows is None else np.array(rows)
-        # Cells that are not recorded again keep their last known values; there are none if the two tables are equal.
-        is_all = rows is None and bits.tobytes() == step.live.cells.tobytes()
-        self._present = None if is_all else ~exact
-        exact[:, [_STAGE, _VIOLATIONS]] = True
-        # While a seed is not blending its alpha_steps do not count, whichever are given.
-        self._erased = list(step.erased)
-        exact[self._erased, _ALPHA_STEPS] = False
-        self._expected = np.where(exact, bits, np.uint64(0))
-        width = bits.shape[1]
-        self._mask = np.where(exact, _EVERY_BIT, _MASK[:width])
-        self._limit = np.where(exact, np.uint64(0), _HIGHEST_BITS[:width])
-        self._scratch = np.empty_like(bits)
-        self._fits = np.empty_like(bits, np.bool_)
-        self._flat = self._fits.reshape(-1, order="A")  # as it lies in memory: a view
-        self._all = b"\1" * bits.size
-        self._fitting: SeedTable | None = None  # the table that was found to be one last
-        self.ids = step.recorded.ids
-        self.violations = 0.0 if (bits[:, _VIOLATIONS] != ABSENT_BITS).any() else None
 
-    def fits(self, recorded: SeedTable) -> bool:
-        """Whether the rows are those of a like step; of the same table again it is known."""
-        if recorded is self._fitting:
-            return True
-        cells = recorded.cells
-        if recorded.ids != self.ids or cells.size != len(self._all):
-            return False
-        scratch = self._scratch
-        _xor(cells.view(_UINT64), self._expected, scratch)
-        _and(scratch, self._mask, scratch)
-        _is_at_most(scratch, self._limit, self._fits)
-        if self._flat.tobytes() != self._all:
-            return False
-        self._fitting = recorded
-        return True
+class SeedStep(NamedTuple):
+    """What one step's rows mean, given the seeds that were live before it.
 
-    def tables(self, recorded: SeedTable, live: SeedTable) -> tuple[SeedTable, SeedTable] | None:
-        """Returns the rows of a step that fits, and the live seeds after it; None for a step that does not fit."""
-        if not self.fits(recorded):
-            return None
-        cells = recorded.cells
-        if self._erased:
-            cells = cells.copy("K")
-            cells[self._erased, _ALPHA_STEPS] = ABSENT
-        table: SeedTable = tuple.__new__(SeedTable, (self.ids, cells))
-        if self._present is None:
-            return table, table
-        after = live.cells.copy("K")
-        if self._rows is None:
-            np.copyto(after[:, : cells.shape[1]], cells, where=self._present)
-        else:
-            rows, columns = self._rows, slice(cells.shape[1])
-            after[rows, columns] = np.where(self._present, cells, after[rows, columns])
-        return table, SeedTable(live.ids, after)
+    Attributes:
+        recorded: the step's rows; ``alpha_steps`` only where the seed is BLENDING.
+        live: every live seed with its last known cells.
+        violations: isolation violations new in this step; None if no row has any.
+        nonfinite: recorded cells that are NaN or infinite.
+        out_of_range: recorded cells outside their range, by field.
+        likeness: what it shares with steps like it; None if such steps need all checks.
+    """
+
+    recorded: SeedTable
+    live: SeedTable
+    violations: float | None = None
+    nonfinite: int = 0
+    out_of_range: tuple[str, ...] = ()
+    likeness: _Likeness | None = None
 
 
 class LiveSeeds:
-    """The live seeds. ``step`` is pure; ``settled``, ``commit`` and ``retire`` change what the next step sees.
+    """The live seeds. ``step`` is pure; ``commit`` and ``retire`` change what the next step sees.
 
     Threads: the publisher's only.
 
     Attributes:
         table: every live seed with its last known cells.
-        ids: the seeds, each with its row in the table.
     """
 
     def __init__(self) -> None:
         self.table: SeedTable = NO_SEEDS
-        self.ids: dict[str, int] = {}
+        self._ids: Mapping[str, int] | None = {}  # None until they are asked for
         self._resumed_violations: dict[str, float] = {}
-        # By the seeds recorded: what steps have in common, or the first of them, from which that is found out for the
-        # next one. Steps with other seeds may come in between, unless they change a stage, a count of violations or
-        # which cells are known.
-        self._known: Mapping[tuple[str, ...], _SettledRows | SeedStep | None] = {}
-        self._settled: _SettledRows | None = None  # of the last step
+        self._likeness: _Likeness | None = None  # of the last step
+        # These two do not change what a step means: marks by shape and strides, and the table that was found good last.
+        self._marks: dict[tuple[tuple[int, ...], tuple[int, ...]], _Marks] = {}
+        self._good: SeedTable | None = None
 
     @property
     def state(self) -> Any:
         """All that changes with a step; never changed in place. Assigning an earlier one undoes the steps since."""
-        return self.table, self.ids, self._resumed_violations, self._known, self._settled
+        return self.table, self._ids, self._resumed_violations, self._likeness
 
     @state.setter
     def state(self, state: Any) -> None:
-        self.table, self.ids, self._resumed_violations, self._known, self._settled = state
+        self.table, self._ids, self._resumed_violations, self._likeness = state
+
+    @property
+    def ids(self) -> Mapping[str, int]:
+        """The seeds, each with its row in the table; never changed in place."""
+        ids = self._ids
+        if ids is None:
+            self._ids = ids = dict(zip(self.table.ids, range(len(self.table.ids)), strict=True))
+        return ids
 
     def begin(self, table: SeedTable) -> None:
         """Makes these the live seeds, whatever was live before."""
         if table.ids is not self.table.ids:
-            self.ids = {seed_id: row for row, seed_id in enumerate(table.ids)}
-            self._known, self._settled = {}, None
+            self._ids = None
         self.table = table
+        self._likeness = None
+
+    def is_good(self, recorded: SeedTable) -> bool:
+        """Whether all cells of a table are present, finite and in range. Found out once for each table."""
+        marks = self._marks_of(recorded.cells)
+        if marks.good(recorded.cells) != marks.all:
+            return False
+        self._good = recorded
+        return True
+
+    def _marks_of(self, cells: Cells) -> _Marks:
+        """Returns the marks for tables like this one."""
+        if self._likeness is not None and self._likeness.marks.fits(cells):
+            return self._likeness.marks
+        key = cells.shape, cells.strides
+        marks = self._marks.get(key)
+        if marks is None:
+            if len(self._marks) == _MOST_SHAPES:
+                self._marks = {}
+            self._marks[key] = marks = _Marks(cells)
+        return marks
 
     def step(self, recorded: SeedTable) -> SeedStep:
         """What this step's rows mean; nothing is changed."""
         if not recorded.ids:
-            return SeedStep(NO_SEEDS, self.table, None, 0, ())
-        settled = self._settled_for(recorded)
-        tables = None if settled is None else settled.tables(recorded, self.table)
-        if tables is not None:
-            return SeedStep(*tables, self.settled_violations, 0, (), is_settled=True)
+            return SeedStep(NO_SEEDS, self.table, likeness=self._likeness)
+        likeness = self._likeness
+        if likeness is not None and self._is_like(recorded, likeness):
+            return self._alike(recorded.cells, likeness)
         return self._step(recorded)
 
-    def _step(self, recorded: SeedTable) -> SeedStep:
-        new, width = recorded.cells, recorded.cells.shape[1]
-        live = self.table if self.table.ids else SeedTable((), new[:0])
-        if width > live.cells.shape[1]:
-            live = live.wide()
-        same = recorded.ids == live.ids
-        rows = () if same else [self.ids.get(seed_id, -1) for seed_id in recorded.ids]
-        before = live.cells[:, :width]
-        if not same:
-            before = self._cells_before(before, recorded.ids, rows)
-        absent = is_absent(new)
-        merged = np.where(absent, before, new)
-        erased = np.array((), np.intp)
-        resting = merged[:, _STAGE] != Stage.BLENDING
-        if resting.any():
-            merged.view(np.uint64)[resting, _ALPHA_STEPS] = ABSENT_BITS
-            erased = np.flatnonzero(resting & ~absent[:, _ALPHA_STEPS])
-            if erased.size:
-                new = new.copy("K")
-                new.view(np.uint64)[erased, _ALPHA_STEPS] = ABSENT_BITS
-                absent = is_absent(new)
-        empty = absent.all(axis=1)
-        if empty.any():  # such a row has no values, and no point could carry it
-            kept = np.flatnonzero(~empty)
-            return self.step(SeedTable(tuple(recorded.ids[row] for row in kept), recorded.cells[kept]))
-        finite = np.isfinite(new)
-        outside = (new < _LOW[:width]) | (new > _HIGH[:width])
-        step = SeedStep(
-            SeedTable(live.ids if same else recorded.ids, new),
-            _live_after(live, recorded.ids, rows, merged),
-            None if absent[:, _VIOLATIONS].all() else _new_violations(before, new),
-            int(new.size - np.count_nonzero(finite) - np.count_nonzero(absent)),
-            tuple(SEED_FIELDS[column] for column in np.flatnonzero(outside.any(axis=0))) if outside.any() else (),
-            tuple(erased.tolist()),
-        )
-        step.recorded.cells.flags.writeable = False
-        step.live.cells.flags.writeable = False
-        return step
+    def _is_like(self, recorded: SeedTable, likeness: _Likeness) -> bool:
+        """Whether the step is like the last one."""
+        ids, cells = recorded
+        marks = likeness.marks
+        if ids is not likeness.ids and ids != likeness.ids:
+            return False
+        if not marks.fits(cells):
+            return False
+        if recorded is self._good:
+            if likeness.absent:
+                return False
+        elif marks.good(cells) != likeness.good or (likeness.absent and marks.absent(cells) != likeness.absent):
+            return False
+        return cells.T[_EXACT].tobytes() == likeness.exact
 
-    def _cells_before(self, live: Cells, ids: tuple[str, ...], rows: Sequence[int]) -> Cells:
-        before = np.full((len(ids), live.shape[1]), ABSENT)
-        known = np.array(rows) >= 0
-        before[known] = live[[row for row in rows if row >= 0]]
-        for position, seed_id in enumerate(ids):
-            if rows[position] < 0 and seed_id in self._resumed_violations:
-                before[position, _VIOLATIONS] = self._resumed_violations[seed_id]
+    def _alike(self, cells: Cells, likeness: _Likeness) -> SeedStep:
+        """What the rows of a step mean that is like the last one. Its absent cells have just been marked."""
+        if likeness.erased:
+            cells = cells.copy("K")
+            cells[likeness.erased, _ALPHA_STEPS] = ABSENT
+        table: SeedTable = tuple.__new__(SeedTable, (likeness.ids, cells))  # skips SeedTable's Python-level constructor
+        if likeness.is_whole:
+            return SeedStep(table, table, likeness.violations, 0, (), likeness)
+        after = self.table.cells.copy("K")
+        np.copyto(after[:, : cells.shape[1]], cells, where=~likeness.marks.flags if likeness.absent else True)
+        return SeedStep(table, SeedTable(likeness.ids, after), likeness.violations, 0, (), likeness)
+
+    def _step(self, recorded: SeedTable) -> SeedStep:
+        ids, new = recorded
+        marks = self._marks_of(new)
+        good = marks.good(new)
+        absent = b"" if good == marks.all else marks.absent(new)
+        flags = marks.flags if b"\1" in absent else None
+        is_fine = not absent or good.count(1) + absent.count(1) == len(good)
+        rows = self._rows(ids)
+        merged = before = new if flags is None else self._before(recorded, rows)
+        if flags is not None:
+            merged = np.where(flags, before, new)
+        new, merged, erased = _without_steps_at_rest(new, merged, flags)
+        if flags is not None and absent.count(1) + len(erased) >= new.shape[1]:
+            # Some rows may have no values: no point could carry them.
+            kept = np.flatnonzero(~is_absent(new).all(axis=1))
+            if len(kept) < len(ids):
+                return self.step(SeedTable(tuple(ids[row] for row in kept), recorded.cells[kept]))
+        if flags is not None and merged.tobytes() == new.tobytes():
+            merged = new
+        nonfinite, out_of_range = (0, ()) if is_fine else _odd_cells(new)
+        has_violations = flags is None or not flags[:, _VIOLATIONS].all()
+        violations = self._new_violations(ids, rows, new) if has_violations else None
+        live = self._live_after(ids, rows, merged)
+        table = SeedTable(live.ids if rows is None else ids, new)
+        likeness = None
+        if is_fine and live.ids is self.table.ids and rows is None:
+            exact, is_whole = recorded.cells.T[_EXACT].tobytes(), live.cells is new
+            violations_of = 0.0 if has_violations else None
+            likeness = _Likeness(live.ids, marks, good, absent, exact, erased, is_whole, violations_of)
+        return SeedStep(table, live, violations, nonfinite, out_of_range, likeness)
+
+    def _rows(self, ids: tuple[str, ...]) -> _Rows | None:
+        """Returns where each recorded seed is among the live ones, -1 for a new one.
+
+        Returns None if they are all live seeds, in their order, before any new ones.
+        """
+        live = self.table.ids
+        if ids is live or ids[: len(live)] == live:
+            return None
+        return np.fromiter(map(self.ids.get, ids, itertools.repeat(-1)), np.intp, len(ids))
+
+    def _before(self, recorded: SeedTable, rows: _Rows | None) -> Cells:
+        """Returns the cells known before the step, a row for each of its seeds."""
+        ids, width = recorded.ids, recorded.cells.shape[1]
+        table = self.table
+        known = table.cells if table.cells.shape[1] >= width else table.wide().cells
+        known, count = known[:, :width], len(table.ids)
+        if rows is not None:
+            before = np.concatenate((known, _blank(1, width)))[rows]  # the last one for a new seed
+            born: Iterable[int] = np.flatnonzero(rows < 0).tolist()
+        elif len(ids) == count:
+            return known
+        else:
+            before, born = np.concatenate((known, _blank(len(ids) - count, width))), range(count, len(ids))
+        if self._resumed_violations:
+            for place in born:
+                before[place, _VIOLATIONS] = self._resumed_violations.get(ids[place], ABSENT)
         return before
 
-    def is_settled(self, recorded: SeedTable) -> bool:
-        """Whether the rows recorded so far match the steps before, so that they need no further checks."""
-        settled = self._settled_for(recorded)
-        return settled is not None and settled.fits(recorded)
+    def _new_violations(self, ids: tuple[str, ...], rows: _Rows | None, new: Cells) -> float:
+        """Violations counted since: a count that fell was reset, and counts from 0."""
+        now, then = new[:, _VIOLATIONS], self.table.cells[:, _VIOLATIONS]
+        if rows is None and len(now) == len(then) and now.tobytes() == then.tobytes():
+            return 0.0
+        if rows is not None:
+            then = np.append(then, ABSENT)[rows]  # the last one for a new seed
+        elif len(now) > len(then):
+            then = np.concatenate((then, _blank(len(now) - len(then), 1)[:, 0]))
+        if self._resumed_violations:
+            for place, seed_id in enumerate(ids):
+                if seed_id not in self.ids:
+                    then[place] = self._resumed_violations.get(seed_id, ABSENT)
+        if len(now) > _FEW:
+            changed = np.flatnonzero(now != then)
+            now, then = now[changed], then[changed]
+        found = 0.0
+        for after, before in zip(now.tolist(), then.tolist(), strict=True):
+            if after != before and after - after == 0.0:  # neither NaN nor an infinity
+                found += after - before if after >= before > -_INFINITY else after
+        return found
 
-    def settled(self, recorded: SeedTable) -> SeedTable | None:
-        """The rows of a step that matches those before; they become the live rows. None, and no change, otherwise."""
-        settled = self._settled_for(recorded)
-        tables = None if settled is None else settled.tables(recorded, self.table)
-        if tables is None:
-            return None
-        self.table = tables[1]
-        return tables[0]
-
-    @property
-    def settled_violations(self) -> float | None:
-        """New violations of a step that matches; None if no row has any."""
-        return None if self._settled is None else self._settled.violations
+    def _live_after(self, ids: tuple[str, ...], rows: _Rows | None, merged: Cells) -> SeedTable:
+        """Returns the live seeds after a step that has these rows, merged with what was known before."""
+        live, width = self.table, merged.shape[1]
+        count = len(live.ids)
+        whole = max(width, live.cells.shape[1]) if count else width
+        if rows is None:
+            ids = ids if len(ids) > count else live.ids
+            if whole == width:
+                return SeedTable(ids, merged)
+            places: Any = slice(None)
+        else:
+            born = np.flatnonzero(rows < 0)
+            places = rows.copy()
+            places[born] = range(count, count + len(born))
+            ids = live.ids + tuple([ids[place] for place in born.tolist()])
+        cells = np.full((len(ids), whole), ABSENT)
+        cells[:count, : live.cells.shape[1]] = live.cells
+        cells[places, :width] = merged
+        return SeedTable(ids, cells)
 
     def commit(self, step: SeedStep) -> None:
         """Makes the step's live seeds those that the next step starts from."""
         before, self.table = self.table, step.live
         if step.live.ids is not before.ids:
-            self.ids = {seed_id: row for row, seed_id in enumerate(step.live.ids)}
-        if not step.is_settled:
-            is_full = len(self._known) == _MOST_KNOWN
-            known = self._known if _is_alike(before, step.live) and not is_full else {}
-            self._known = {**known, step.recorded.ids: step} if step.recorded.ids else known
-            self._settled = None
-
-    def _settled_for(self, recorded: SeedTable) -> _SettledRows | None:
-        """What the step may have in common with those before; determined when the same seeds are recorded again."""
-        settled = self._settled
-        if settled is None or settled.ids != recorded.ids:
-            known = self._known.get(recorded.ids)
-            settled = self._settled_after(known) if isinstance(known, SeedStep) else known
-            if settled is not known:
-                self._known = {**self._known, recorded.ids: settled}
-            self._settled = settled
-        return settled
-
-    def _settled_after(self, step: SeedStep) -> _SettledRows | None:
-        recorded = step.recorded
-        exact = recorded.cells[:, [_STAGE, _VIOLATIONS]]
-        if not (np.isfinite(exact) & (exact >= 0.0) | is_absent(exact)).all():
-            return None  # each such cell is to be counted, in every step
-        is_same = recorded.ids == step.live.ids
-        return _SettledRows(step, None if is_same else [self.ids[seed_id] for seed_id in recorded.ids])
+            self._ids = None
+        self._likeness = step.likeness
 
     def retire(self, seed_ids: Iterable[str]) -> tuple[str, ...]:
         """Ends the lives of seeds; returns those that were alive."""
-        ended = tuple(seed_id for seed_id in seed_ids if seed_id in self.ids)
+        ended = tuple([seed_id for seed_id in seed_ids if seed_id in self.ids])
         if ended:
-            gone = set(ended)
-            keep = [row for row, seed_id in enumerate(self.table.ids) if seed_id not in gone]
-            self.table = SeedTable(tuple(self.table.ids[row] for row in keep), self.table.cells[keep])
-            self.ids = {seed_id: row for row, seed_id in enumerate(self.table.ids)}
-            self._known, self._settled = {}, None
+            ids, cells = self.table
+            if len(ended) == 1:
+                row = self.ids[ended[0]]
+                ids, cells = ids[:row] + ids[row + 1 :], np.concatenate((cells[:row], cells[row + 1 :]))
+            else:
+                gone = set(ended)
+                keep = [row for row, seed_id in enumerate(ids) if seed_id not in gone]
+                ids, cells = tuple([ids[row] for row in keep]), cells[keep]
+            self.table, self._ids = SeedTable(ids, cells), None
+            self._likeness = None
             resumed = self._resumed_violations
-            self._resumed_violations = {seed_id: resumed[seed_id] for seed_id in resumed if seed_id not in gone}
+            if resumed:
+                self._resumed_violations = {seed_id: resumed[seed_id] for seed_id in resumed if seed_id not in ended}
         return ended
 
     def violations(self) -> dict[str, float]:
@@ -315,38 +374,41 @@ class LiveSeeds:
         self._resumed_violations = dict(counts)
 
 
-def _is_alike(before: SeedTable, after: SeedTable) -> bool:
-    """Whether seeds, stages, counts of violations and which cells are known are the same."""
-    if before.ids != after.ids or before.cells.shape != after.cells.shape:
-        return False
-    exact = [_STAGE, _VIOLATIONS]
-    are_equal = before.cells[:, exact].tobytes() == after.cells[:, exact].tobytes()
-    return are_equal and is_absent(before.cells).tobytes() == is_absent(after.cells).tobytes()
+def _blank(rows: int, columns: int) -> Cells:
+    """Cells of which none is there; not to be changed."""
+    return _BLANK[:rows, :columns] if rows <= len(_BLANK) else np.full((rows, columns), ABSENT)
 
 
-def _live_after(live: SeedTable, ids: tuple[str, ...], rows: Sequence[int], merged: Cells) -> SeedTable:
-    width = merged.shape[1]
-    if ids == live.ids and width == live.cells.shape[1]:
-        return SeedTable(live.ids, merged)
-    cells = live.cells.copy("K")
-    if ids == live.ids:
-        cells[:, :width] = merged
-        return SeedTable(live.ids, cells)
-    known = [position for position, row in enumerate(rows) if row >= 0]
-    born = [position for position, row in enumerate(rows) if row < 0]
-    cells[[rows[position] for position in known], :width] = merged[known]
-    if not born:
-        return SeedTable(live.ids, cells)
-    new = SeedTable(tuple(ids[position] for position in born), merged[born])
-    both = alike(SeedTable(live.ids, cells), new)
-    return SeedTable(live.ids + new.ids, np.concatenate([table.cells for table in both]))
+def _without_steps_at_rest(
+    new: Cells, merged: Cells, absent: npt.NDArray[np.bool_] | None
+) -> tuple[Cells, Cells, list[int]]:
+    """Erases ``alpha_steps`` of seeds that are not BLENDING; returns the rows in which they were recorded, too.
+
+    Args:
+        new: the cells of a step.
+        merged: these, and what was known before where they are absent; may be changed unless it is ``new``.
+        absent: which of the new cells are absent; None if none is.
+    """
+    stages = merged[:, _STAGE]
+    if stages.tobytes() == len(stages) * _BLENDING_BYTES:
+        return new, merged, []
+    is_at_rest = stages != _BLENDING
+    if absent is None:
+        erased = np.flatnonzero(is_at_rest).tolist()
+        new = new.copy("K")
+        new[erased, _ALPHA_STEPS] = ABSENT
+        return new, new, erased
+    merged[is_at_rest, _ALPHA_STEPS] = ABSENT
+    erased = np.flatnonzero(is_at_rest & ~absent[:, _ALPHA_STEPS]).tolist()
+    if erased:
+        new = new.copy("K")
+        new[erased, _ALPHA_STEPS] = ABSENT
+    return new, merged, erased
 
 
-def _new_violations(before: Cells, after: Cells) -> float:
-    """Violations counted since: a count that fell was reset, and counts from 0."""
-    now = after[:, _VIOLATIONS]
-    then = before[:, _VIOLATIONS]
-    now = now[finite := np.isfinite(now)]
-    then = np.where(np.isfinite(then[finite]), then[finite], 0.0)
-    with np.errstate(over="ignore"):
-        return float(np.maximum(np.where(now >= then, now - then, now), 0.0).sum())
+def _odd_cells(cells: Cells) -> tuple[int, tuple[str, ...]]:
+    """Returns how many cells are NaN or infinite, and the fields in which cells are out of range."""
+    columns = cells.shape[1]
+    outside = ((cells < _LOW[:columns]) | (cells > _HIGH[:columns])).any(axis=0)
+    nonfinite = cells.size - np.count_nonzero(np.isfinite(cells)) - np.count_nonzero(is_absent(cells))
+    return int(nonfinite), tuple([SEED_FIELDS[column] for column in np.flatnonzero(outside).tolist()])

@@ -94,8 +94,9 @@ def checked_phase(fields: object) -> Phase:
     if not isinstance(fields, list) or len(fields) != _FIELDS:
         raise ValueError("not a phase")
     number, name, start, end, own_ms, step, total_ms, inside_ms = fields
-    if type(name) is not str or not all(type(each) is int for each in (number, start, end)):
+    whole = (number, start, end) if step is None else (number, start, end, step)
+    if type(name) is not str or not all(type(each) is int and 0 <= each < 2**63 for each in whole):
         raise ValueError("not a phase")
-    if step is not None and type(step) is not int:
+    if not all(0.0 <= each < math.inf for each in (own_ms, total_ms, inside_ms)):
         raise ValueError("not a phase")
     return Phase(number, name, start, end, float(own_ms), step, float(total_ms), float(inside_ms))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
+from weakref import ReferenceType, ref
 
 from esper_otel.frames.block import Block, Chunk, Recorded
 from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import WHOLE, Layout
 from esper_otel.frames.live_seeds import LiveSeeds
+from esper_otel.frames.row_memory import RowMemory
 
 _LARGEST_CHUNK, _SMALLEST_CHUNK = 1024 * 1024, 16 * 1024
 _CHUNKS = 256  # that a ring has at least, when it is full
@@ -41,6 +43,7 @@ class Ring:
         self._chunk_bytes = min(max(capacity_bytes // _CHUNKS, _SMALLEST_CHUNK), _LARGEST_CHUNK)
         self._chunks: list[Chunk] = []
         self._chunk: Chunk | None = None  # the newest one, for the writer
+        self._dropped: tuple[ReferenceType[Chunk], RowMemory] | None = None  # the newest of the chunks, and its memory
         self.last: int = 0
         self.dropping: Callable[[], None] | None = None
         # The last row that changed the live seeds, these seeds after it, and before it: the latter are still live if
@@ -117,19 +120,31 @@ class Ring:
     def _begin(self, run: Run, size: int) -> Chunk:
         """Begins a chunk in which a row of this size fits."""
         since, live, before, _ = self._live
-        chunk = Chunk(run, self.last + 1, max(self._chunk_bytes, size), live if since <= self.last else before)
+        capacity = max(self._chunk_bytes, size)
         chunks = [each for each in self._chunks if each.rows]  # without one that an interrupt left empty
         held = sum(map(_size, chunks))
-        if self.dropping is not None and held + chunk.capacity > self._capacity_bytes:
+        if self.dropping is not None and held + capacity > self._capacity_bytes:
             self.dropping()
         drop = 0
-        while drop < len(chunks) and held + chunk.capacity > self._capacity_bytes:
+        while drop < len(chunks) and held + capacity > self._capacity_bytes:
             held -= chunks[drop].size
             drop += 1
+        memory = self._free_memory(capacity)
+        if drop and chunks[drop - 1].memory.can_be_used_again:
+            self._dropped = ref(chunks[drop - 1]), chunks[drop - 1].memory
+        chunk = Chunk(run, self.last + 1, capacity, live if since <= self.last else before, memory)
         self._chunk = None  # until the two agree again
         self._chunks = [*chunks[drop:], chunk]  # another list: readers go on with theirs
         self._chunk = chunk
         return chunk
+
+    def _free_memory(self, capacity: int) -> RowMemory | None:
+        """Returns the memory of a chunk that was dropped, and that no reader has any more."""
+        if self._dropped is None:
+            return None
+        chunk, memory = self._dropped
+        self._dropped = None
+        return memory if chunk() is None and memory.are_free(capacity) else None
 
     def chunk_of(self, sequence: int) -> Chunk | None:
         """Returns the chunk with this row, or the oldest chunk if the row is gone; None before the first row."""

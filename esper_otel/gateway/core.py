@@ -1,4 +1,4 @@
-"""Core: how the gateway handles requests and pulls, independent of the protocol."""
+"""Core: takes requests, puts frames together, stores them and answers pullers; independent of the protocol."""
 
 from __future__ import annotations
 
@@ -7,67 +7,33 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
-from itertools import groupby
-from operator import attrgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from esper_otel.errors import UnknownRun
-from esper_otel.gateway.changes import ChangedRuns
-from esper_otel.gateway.events.event_file import StoredEvent
-from esper_otel.gateway.events.run_events import RunEvents, events_message
-from esper_otel.gateway.faults import CREDENTIALS, Fault
+from esper_otel.gateway.events.run_events import RunEvents
 from esper_otel.gateway.hours.accounts import Hours
-from esper_otel.gateway.hours.answer import NO_ACCOUNTS, hours_message
 from esper_otel.gateway.hours.file import AttemptRank
-from esper_otel.gateway.items import Item, Origin, Place, RunState, RunStatus
+from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.limits import Crowded, Limits
-from esper_otel.gateway.pages import (
-    FREE,
-    Bounds,
-    MadeSteps,
-    PulledPage,
-    forgotten,
-    packets_after,
-    packets_of,
-    page,
-    run_message,
-    step_of,
-)
-from esper_otel.gateway.ranks import Ranks, RecentSteps
+from esper_otel.gateway.pull_core import PullCore, events_of
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
-from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.receive.inflate import IDENTITY
-from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
+from esper_otel.gateway.receive.request import (
+    NO_ROOM_FOR_PHASES,
+    OF_REASONS,
+    OTHER_METRICS,
+    TOO_MANY_RUNS,
+    DecodedRequest,
+)
 from esper_otel.gateway.receive.request_reader import RequestReader
-from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_runs, check_senders
-from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoredFrame, StoredPage, StoreFull
+from esper_otel.gateway.security import Grant, check_runs, check_senders
+from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoreFull
 from esper_otel.gateway.store.database import DamagedStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns, pause
 from esper_otel.hours.account import Account
 from esper_otel.hours.bar import RunHours
-from esper_otel.leyline import messages
-from esper_otel.leyline.packets import Page
 from esper_otel.leyline.risk import RULES, Rule
-from esper_otel.log import Warnings
-from esper_otel.oona.publisher import Publisher
-from esper_otel.pull.messages import (
-    EventsRequest,
-    EventsResponse,
-    HoursRequest,
-    HoursResponse,
-    PullRequest,
-    PullResponse,
-    RanksRequest,
-    RanksResponse,
-    RunsResponse,
-)
-from esper_otel.schema import is_check
 
-MOST_PACKETS = 1000
-_USUAL_EVENTS, _MOST_EVENTS = 64, 1000
-_MOST_WAIT_S = 60.0
 _TIDY_EVERY_S, _TIDY_AGAIN_S = 10.0, 0.1
 # How long frames are released in a turn. Storing them belongs to the same turn and may take much longer: after a turn
 # that was too long, the next one releases fewer frames.
@@ -86,20 +52,7 @@ class Answer(NamedTuple):
     reason: str
 
 
-class States(Protocol):
-    """Where the states of writers are known."""
-
-    def runs(self, now_s: float) -> list[RunState]:
-        """Returns the state of each writer."""
-
-    def states_of(self, run_id: str, now_s: float) -> list[RunState]:
-        """Returns the state of each known writer of a run."""
-
-    def run_ids(self) -> set[str]:
-        """Returns the ids of the runs whose writers are known."""
-
-
-class Core:
+class Core(PullCore):
     """Accepts requests, assembles and stores frames, and serves them to pullers.
 
     A request is answered once its content is stored: as frames or, in a file store, as the bytes of the request.
@@ -127,14 +80,10 @@ class Core:
         latency_budget_ms: float = 10.0,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._store = store
-        self._clock_ns = clock_ns
         self._limits = limits or Limits()
         self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
-        self._states: States = self._assembler  # where the states of writers are known
+        super().__init__(store, self._assembler, rules=rules, latency_budget_ms=latency_budget_ms, clock_ns=clock_ns)
         self._reader = RequestReader(limits, self._assembler.prepare)
-        self._rules = rules
-        self._latency_budget_ms = latency_budget_ms
         self._unsaved: list[Item] = []
         self._ended: dict[Origin, str] = {}
         self._places: dict[Origin, Place] = {}
@@ -143,26 +92,14 @@ class Core:
         self._ended_s: dict[Origin, float] = {}
         self._body_bytes = 0
         self._last_body, self._is_restoring = 0, False
-        self._is_ending = self._is_closed = False
-        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._is_closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._releasing_s = _RELEASING_S
         self._summing: asyncio.Task[None] | None = None
         self._tidying: asyncio.TimerHandle | None = None
-        self._warnings, self._ranks, self._made = Warnings(), Ranks(), MadeSteps()
         folder = store.folder if isinstance(store, FileStore) else None
-        self._hours = Hours(store, folder, self._warnings)
-        self.changed: ChangedRuns = ChangedRuns()
-        self.publisher: Publisher | None = None  # publishes on Oona, if configured
-        self.notices: Counter[str] = Counter()  # of those whom --notify tells
-        self.counts: Counter[str] = Counter()
-        self._events = RunEvents(folder, self._limits, self.counts, self._warnings)
-        self.rejected: Counter[str] = Counter()
-        self.refused: Counter[str] = Counter()  # whole requests, by reason
-        self.deferred: Counter[str] = Counter()  # likewise
-        self.rejected_metrics: Counter[tuple[str, str]] = Counter()
-        # The packet classes are built on first use. Build them now, not during a turn of the event loop.
-        messages.SystemStatePacket()
+        self._hours = Hours(store, folder, self._warnings, self._limits)
+        self._events = RunEvents(folder, self._limits, self.counts, self._warnings, store.age_s)
         if isinstance(store, FileStore):
             try:
                 self._restore(store)
@@ -229,7 +166,7 @@ class Core:
                 self._warnings.say("store", "%s; senders are asked to retry", error)
                 raise
             finally:
-                self.wake(map(_events_of, runs))
+                self.wake(map(events_of, runs))
             refused.update(decoded.refused)
             self.counts["log_requests"] += 1
             return Answer(refused.total(), self._events.note(refused, decoded.ignored))
@@ -240,12 +177,28 @@ class Core:
         if grant is not None:
             check_senders(decoded, grant)
         tenant = "" if grant is None else grant.tenant
-        now_s, received_unix_ns = time.monotonic(), self._clock_ns()
-        taking = self._assembler.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant)
+        received_unix_ns = self._clock_ns()
+        taking = self._taking(decoded, received_unix_ns, tenant)
         self.changed.note(block.sender.run.run_id for block in decoded.blocks)
         self.changed.note(end.sender.run.run_id for end in decoded.ended)
         self.changed.note(sender.run.run_id for sender in decoded.alive)
         return taking, KeptRequest(0, body, is_json, received_unix_ns, tenant)
+
+    def _taking(self, decoded: DecodedRequest, received_unix_ns: int, tenant: str) -> Generator[None, None, Acceptance]:
+        """Stores the phases of a request and gives its points to the assembler, in parts.
+
+        Raises:
+            StoreFull: the phases could not be stored; no point was taken.
+        """
+        left_out = (yield from self._hours.taking(decoded.phases, tenant)) if decoded.phases else 0
+        now_s = time.monotonic()
+        taken = yield from self._assembler.taking(
+            decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant
+        )
+        if not left_out:
+            return taken
+        rejected = Counter({**taken.rejected, NO_ROOM_FOR_PHASES: left_out})
+        return taken._replace(accepted=taken.accepted - left_out, rejected=rejected)
 
     def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:
         """Stores the frames that a request completes, and the request's bytes for frames that still wait."""
@@ -255,8 +208,6 @@ class Core:
         if self._body_bytes + len(kept.body) > _MOST_KEPT_BYTES:  # once nothing waits, no request must be kept
             items += self._assembler.release_all(now_s, turn)
             self._ended.clear()
-        if decoded.phases:
-            self._hours.take(decoded.phases)
         body = decoded.needed(kept.body, self._assembler.waiting())
         self._save(items, kept._replace(number=self._last_body + 1, body=body) if body else None)
         if taken.waits_for:
@@ -286,14 +237,6 @@ class Core:
             hint = f"; {', '.join(hints)} can be raised" if hints else ""
             self._warnings.say("rejected", "points were rejected: %s%s", reason, hint)
         return Answer(sum(rejected.values()), reason)
-
-    def note_fault(self, fault: Fault) -> None:
-        """Counts a refused request; logs it if the refusal is final, without details on credentials."""
-        is_final = fault.retry_s is None
-        (self.refused if is_final else self.deferred)[fault.reason] += 1
-        if is_final:
-            detail = "" if fault.reason in CREDENTIALS else f": {fault.message}"
-            self._warnings.say(f"refused {fault.reason}", "a request was refused for good, %s%s", fault.reason, detail)
 
     def _save(self, items: list[Item], kept: KeptRequest | None = None) -> None:
         """Stores frames in order. Frames that cannot be stored now are stored with the next ones."""
@@ -338,7 +281,7 @@ class Core:
         self._note_saved(saved)
 
     def _note_saved(self, saved: Sequence[Item]) -> None:
-        """Counts frames that were stored, and wakes those who wait for them."""
+        """Counts frames that were stored, and wakes the pullers that wait for them."""
         for what, note in (("comparing ranks", self._ranks.note), ("summing up hours", self._hours.note)):
             try:
                 note(saved)
@@ -349,13 +292,6 @@ class Core:
             self.counts["incomplete_steps"] += not item.complete
             self.counts["corrections"] += item.revision > 1
         self.wake({item.origin.run_id for item in saved})
-
-    def wake(self, run_ids: Iterable[str]) -> None:
-        """Lets pullers that wait for a step of these runs look again."""
-        for run_id in run_ids:
-            for waiter in self._waiters.pop(run_id, ()):
-                if not waiter.done():
-                    waiter.set_result(None)
 
     def _save_unsaved(self) -> None:
         """Stores frames that earlier requests could not store; while this fails, no request is accepted."""
@@ -467,7 +403,7 @@ class Core:
         except Exception as error:  # noqa: BLE001 - the writer's new steps must still be taken
             self._fault("going on from stored steps", error)
             return
-        outcome = self._store.outcomes().get(origin) if items else None
+        outcome = self._store.outcomes(origin.run_id).get(origin) if items else None
         ended = {} if outcome is None else {origin: outcome}
         if items:
             now_s, tenant = time.monotonic(), self._store.tenant(origin.run_id)
@@ -533,277 +469,32 @@ class Core:
         self._events.close()
         self._store.close()
 
-    def end_waiting(self) -> None:
-        """Answers every waiting puller, because the gateway is about to stop."""
-        self._is_ending = True
-        for waiters in self._waiters.values():
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
-        self._waiters.clear()
-
     # -- pulling -----------------------------------------------------------------------------------------
 
-    def runs(self, grant: Grant | None = None, run_id: str = "") -> RunsResponse:
-        """Does the same as ``listing``, in one turn."""
-        return finished(self.listing(grant, run_id))
-
-    def listing(self, grant: Grant | None = None, run_id: str = "") -> Generator[None, None, RunsResponse]:
-        """Returns the known runs that the puller may see: one by name, or all, without runs from a check.
-
-        There may be very many.
-        """
-        known = {state.origin: state for state in self._states.runs(time.monotonic())}
-        yield
-        stored, ends = self._store.counts(), self._store.outcomes()
-        yield
-        origins = sorted({*stored, *known})
-        yield
-        response = RunsResponse()
-        for name, of_run in groupby(origins, key=attrgetter("run_id")):
-            is_asked = name == run_id if run_id else not is_check(name)
-            if not is_asked or not (grant is None or grant.allows(name)):
-                continue
-            states = []
-            for origin in of_run:
-                states.append(known.get(origin) or forgotten(origin, ends.get(origin)))
-                yield
-            ended = outcomes(states).get(name)
-            for state in states:
-                response.runs.append(run_message(state, stored.get(state.origin, 0), ended))
-                yield
-        return response
-
-    def known_runs(self) -> set[str]:
-        """Returns the ids of all runs that are known, without runs from a check."""
-        return {run_id for run_id in {*self._store.run_ids(), *self._states.run_ids()} if not is_check(run_id)}
-
-    def state_of(self, run_id: str) -> RunStatus:
-        """Returns what is known of a run."""
-        states = self._states.states_of(run_id, time.monotonic())
-        stored, ends = self._store.counts(run_id), self._store.outcomes(run_id)
-        known = {state.origin for state in states}
-        states += [forgotten(origin, ends.get(origin)) for origin in stored if origin not in known]
-        return RunStatus(sorted(states, key=attrgetter("origin")), sum(stored.values()), outcomes(states).get(run_id))
-
-    async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:
-        """Does the same as ``pulled``, and returns the page as a message."""
-        return PullResponse.FromString((await self.pulled(request, grant, bounds)).body)
-
-    async def pulled(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PulledPage:
-        """Returns the steps after a cursor; waits up to ``wait_s`` if there is none yet.
-
-        Raises:
-            BadRequest, NotAllowed, UnknownRun, StaleCursor: this request cannot be answered.
-            Busy: there is no room for an answer.
-        """
-        check_puller(request.run_id, grant)
-        if not 0 <= request.wait_s <= _MOST_WAIT_S or request.max_packets > MOST_PACKETS:
-            raise BadRequest(f"max_packets must be at most {MOST_PACKETS}, wait_s from 0 to {_MOST_WAIT_S:g}")
-        self._check_shard(request)
-        deadline_s = time.monotonic() + request.wait_s
-        while True:
-            try:
-                found = await self._page(request, bounds)
-            except UnknownRun:
-                if time.monotonic() >= deadline_s:
-                    self._check_has_steps(request.run_id)
-                    raise
-            else:
-                if found.steps or found.gap or time.monotonic() >= deadline_s:
-                    return found
-            if self._is_ending or not await self._news(request.run_id, deadline_s):
-                deadline_s = 0.0
-
-    def _check_has_steps(self, run_id: str) -> None:
-        """Raises UnknownRun with the outcome of a run that has ended before its first step."""
-        outcome = None if is_check(run_id) else outcomes(self._states.states_of(run_id, time.monotonic())).get(run_id)
-        if outcome is not None:
-            raise UnknownRun(f"run {run_id!r} has ended ({outcome}) before its first step")
-
-    def _check_shard(self, request: PullRequest) -> None:
-        """Raises BadRequest for a part of a run: only servers on Kafka have parts."""
-        if request.shard or request.shards:
-            raise BadRequest("shards are parts of a run on Kafka; this gateway has whole runs: pull by rank instead")
-
-    async def ranks(self, request: RanksRequest, grant: Grant | None = None) -> RanksResponse:
-        """Compares a run's ranks.
-
-        Raises:
-            BadRequest, NotAllowed, UnknownRun: there is nothing to show.
-        """
-        check_puller(request.run_id, grant)
-        view = await in_turns(self._ranks.viewing(request.run_id, request.steps))
-        if view is None:
-            raise UnknownRun(f"no newest steps of run {request.run_id!r} are here")
-        return view
-
-    async def hours(self, request: HoursRequest, grant: Grant | None = None) -> HoursResponse:
-        """Says where the hours of a run went.
-
-        Raises:
-            BadRequest, NotAllowed, UnknownRun: there is nothing to show.
-        """
-        check_puller(request.run_id, grant)
-        hours, accounts = await in_turns(self._accounting(request.run_id))
-        return hours_message(hours, accounts if request.with_accounts else NO_ACCOUNTS)
-
-    async def run_hours(self, run_id: str) -> RunHours:
-        """Does the same, as plain values.
-
-        Raises:
-            UnknownRun: nothing of the run is here.
-        """
-        return (await in_turns(self._accounting(run_id)))[0]
-
     def _accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
-        """Returns where the hours of a run went, and the accounts of its processes, in parts."""
         return self._hours.accounting(run_id)
-
-    async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:
-        """Returns the events after a cursor; waits up to ``wait_s`` if there is none yet.
-
-        Raises:
-            BadRequest, NotAllowed, UnknownRun, StaleCursor: this request cannot be answered.
-            StoreFull: they cannot be read at present.
-        """
-        check_puller(request.run_id, grant)
-        if not 0 <= request.wait_s <= _MOST_WAIT_S or request.max_events > _MOST_EVENTS:
-            raise BadRequest(f"max_events must be at most {_MOST_EVENTS}, wait_s from 0 to {_MOST_WAIT_S:g}")
-        deadline_s = time.monotonic() + request.wait_s
-        rank = request.rank if request.HasField("rank") else None
-        while True:
-            found = self._events.after(request.run_id, request.cursor, rank, request.max_events or _USUAL_EVENTS)
-            is_over = self._is_ending or time.monotonic() >= deadline_s
-            if found is not None and (found.events or is_over):
-                return await in_turns(events_message(found))
-            if is_over and self._store.holds(request.run_id):
-                return EventsResponse(cursor=request.cursor)
-            if is_over:
-                raise UnknownRun(f"nothing of run {request.run_id!r} is here")
-            await self._news(_events_of(request.run_id), deadline_s)
-
-    def newest_events(self, run_id: str, rank: int) -> list[StoredEvent]:
-        """Returns the newest events of a rank, oldest first."""
-        return self._events.newest(run_id, rank)
-
-    def events_mark(self, run_id: str) -> str:
-        """Returns a text that changes with each new event of a run; empty if it has none."""
-        return self._events.mark(run_id)
-
-    def recent_steps(self, run_id: str) -> RecentSteps | None:
-        """Returns the newest steps of a run's ranks; None if none of them is known."""
-        return self._ranks.recent(run_id)
-
-    def _making(self, request: PullRequest) -> tuple[Callable[[StoredFrame], bytes], MadeSteps]:
-        """Returns what makes steps for a page, and where they are kept: nowhere with values, which few ask for."""
-        made = partial(
-            step_of,
-            rules=self._rules,
-            latency_budget_ms=self._latency_budget_ms,
-            with_values=request.with_values,
-        )
-        return made, MadeSteps(0) if request.with_values else self._made
-
-    async def _page(self, request: PullRequest, bounds: Bounds) -> PulledPage:
-        made = self._making(request)
-        found = await page(self._store, request, *made, self._clock_ns, bounds)
-        self.counts["pulled_steps"] += found.steps
-        self.counts["gap_steps"] += found.gap if request.cursor else 0
-        return found
-
-    async def packets(self, run_id: str, cursor: str, most: int) -> Page:
-        """Returns the steps after a cursor, for a reader in this process; does not wait.
-
-        Raises:
-            UnknownRun, StaleCursor: the run or the cursor cannot be used.
-        """
-        made = partial(packets_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
-        found = await packets_after(self._store, run_id, cursor, most, made, self._clock_ns)
-        self.counts["pulled_steps"] += len(found)
-        self.counts["gap_steps"] += found.gap if cursor else 0
-        return found
-
-    def entries(self, run_id: str, cursor: str, most: int, rank: int | None = None) -> StoredPage:
-        """Returns the stored entries after a cursor: of all ranks, or of one.
-
-        Raises:
-            UnknownRun, StaleCursor: the run or the cursor cannot be used.
-        """
-        return self._store.after(run_id, cursor, rank, most)
-
-    def last_number(self, run_id: str, rank: int) -> int:
-        """Returns the number of the newest entry of a rank; 0 if there is none."""
-        return self._store.last_number(run_id, rank)
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        """The risk rules."""
-        return self._rules
-
-    async def _news(self, run_id: str, deadline_s: float) -> bool:
-        """Waits until a step of the run is stored; returns False when the deadline has passed."""
-        waiter = asyncio.get_running_loop().create_future()
-        waiters = self._waiters.setdefault(run_id, set())
-        waiters.add(waiter)
-        try:
-            async with asyncio.timeout(max(deadline_s - time.monotonic(), 0.0)):
-                await waiter
-        except TimeoutError:
-            return False
-        finally:
-            waiters.discard(waiter)
-            if not waiters and self._waiters.get(run_id) is waiters:
-                del self._waiters[run_id]
-        return time.monotonic() < deadline_s
 
     # -- state ------------------------------------------------------------------------------------------
 
     def gauges(self) -> Mapping[str, float]:
         """Returns the current values of the gateway's gauges."""
-        runs = [run for run in self._states.runs(time.monotonic()) if not is_check(run.origin.run_id)]
-        return {
-            "runs": len({state.origin.run_id for state in runs}),
-            "writers": len(runs),
-            "missing_steps": sum(state.missing for state in runs),
-            "unseen_steps": sum(state.unseen for state in runs),
-            "too_late_steps": sum(state.too_late for state in runs),
-            "stored_bytes": self._store.size,
-            "dropped_steps": self._store.dropped,
-            "waiting_pulls": sum(map(len, self._waiters.values())),
-            "unsaved_steps": len(self._unsaved),
-            "missing_events": self._events.missing(),
-        }
+        return {**super().gauges(), "unsaved_steps": len(self._unsaved)}
 
     def use(self) -> Mapping[str, tuple[float, float]]:
         """Returns, by name, how much of each limit is used, and the limit."""
         bodies = {"waiting request bytes": (float(self._body_bytes), float(_MOST_KEPT_BYTES))}
-        made = {"made step bytes": (float(self._made.used), float(self._made.most))}
-        return {**self._assembler.use(), **self._store.use(), **self._events.use(), **bodies, **made}
-
-    @property
-    def refused_events(self) -> Mapping[str, int]:
-        """Counts of events that were refused for good, by reason."""
-        return self._events.refused
+        return {**self._assembler.use(), **self._hours.use(), **bodies, **super().use()}
 
     @property
     def damaged(self) -> Mapping[str, int]:
-        """Counts of damaged entries that were removed from the store, by kind."""
-        return self._store.damaged
-
-    def tenant(self, run_id: str) -> str:
-        """Returns the tenant that owns a run."""
-        return self._store.tenant(run_id)
+        """Counts of damaged entries that were removed from the store, by kind; ``store`` are whole files."""
+        files = self._events.damaged + self._hours.damaged
+        return {**super().damaged, "store": super().damaged.get("store", 0) + files}
 
     @property
     def is_ready(self) -> bool:
         """Whether the last attempt to store frames succeeded."""
         return not self._unsaved
-
-
-def _events_of(run_id: str) -> str:
-    """Returns under which name pullers wait for events of a run; no run has such a name."""
-    return f"events\0{run_id}"
 
 
 def _is_never(_run_id: str) -> bool:

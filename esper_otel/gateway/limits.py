@@ -66,6 +66,8 @@ class Limits:
         ends: stored ends of seeds' streams that lie in the future, over all runs.
         events: stored events of one run.
         all_events: stored events of all runs; a sender has no more of them than are still free.
+        all_phases: stored phases of all runs; likewise.
+        accounts: ranks and attempts, over all runs, whose hours are summed up; likewise.
         silent_s: a rank that has sent nothing for this long is forgotten.
     """
 
@@ -82,4 +84,6 @@ class Limits:
     ends: int = 200_000
     events: int = 10_000
     all_events: int = 100_000
+    all_phases: int = 400_000
+    accounts: int = 20_000
     silent_s: float = 6 * 3600.0

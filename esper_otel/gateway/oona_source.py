@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 from esper_otel.errors import GatewayUnavailable
-from esper_otel.gateway.core import Core
+from esper_otel.gateway.pull_core import PullCore
 from esper_otel.leyline.packets import Page
 
 _TIMEOUT_S = 10.0
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 class GatewaySource:
     """A ``PacketSource``. Create it in the event loop; call it from another thread."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: PullCore) -> None:
         self._core = core
         self._loop = asyncio.get_running_loop()
 

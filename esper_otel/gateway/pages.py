@@ -22,7 +22,7 @@ from esper_otel.schema import METRICS, STEP_METRICS
 
 Made = TypeVar("Made")
 
-# Metrics of a step that packets have no place for. What a packet says in a field of its own is none of them.
+# Metrics of a step that packets have no place for. Metrics for which a packet has a field are not among them.
 _OF_STEPS_ALONE = {metric.name for metric in METRICS if metric.level == "step" and not metric.key}
 _OF_STEPS_ALONE -= {metric.name for metric in STEP_METRICS}
 _OF_STEPS_ALONE -= {"esper.global_step", "esper.epoch", "esper.frame.sequence"}

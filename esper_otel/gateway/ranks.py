@@ -381,7 +381,7 @@ def _mean(values: Times, counted: npt.NDArray[np.bool_], axis: int) -> Times:
 def _judge(answer: RanksResponse, compared: _RankComparison) -> None:
     """Names the rank that stands out: by its cycle if ranks run independently, by its own time in lock-step.
 
-    A rank for which that time is missing is compared with nobody.
+    A rank for which that time is missing is compared with no other.
     """
     cycles = compared.cycle_ms[np.isfinite(compared.cycle_ms)]
     noise_ms = max(_NOISE_MS, _NOISE_SHARE * float(cycles.mean())) if len(cycles) else _NOISE_MS

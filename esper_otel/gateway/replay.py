@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 from esper_otel.errors import ConfigurationError, UnknownRun
 from esper_otel.frames.frame import LAST_LOSS, Frame
-from esper_otel.gateway.command import (
+from esper_otel.gateway.command import until_told
+from esper_otel.gateway.core import Core
+from esper_otel.gateway.items import Item, Origin
+from esper_otel.gateway.options import (
     PacketOptions,
     add_access_arguments,
     add_packet_arguments,
     packet_options,
     ports_of,
-    until_told,
 )
-from esper_otel.gateway.core import Core
-from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.serve.ports import Gateway
 from esper_otel.gateway.store.base import (
     NewData,

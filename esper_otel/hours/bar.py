@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from esper_otel.hours.account import Account, Times
@@ -13,6 +13,7 @@ PRODUCTIVE, WAITED, HOOKS, AGAIN = "productive", "input_wait", "hooks", "redone"
 BETWEEN, UNKNOWN = "between_attempts", "unknown"
 START_UP = "start_up"
 # The order in which parts are shown; phases with other names stand before the last two.
+_OTHER, _MOST_NAMES = "other", 96  # a trainer counts what goes beyond 64 names as "other" itself
 ORDER = (PRODUCTIVE, AGAIN, WAITED, HOOKS, START_UP, "checkpoint", "evaluation", "data", "compile", "idle")
 
 
@@ -85,6 +86,17 @@ def bar_of_rank(attempts: Sequence[Account]) -> Bar:
     Args:
         attempts: the accounts of its attempts, in their order; those without any time are left out.
     """
+    making = making_bar(attempts)
+    while True:
+        try:
+            next(making)
+        except StopIteration as end:
+            bar: Bar = end.value
+            return bar
+
+
+def making_bar(attempts: Sequence[Account]) -> Generator[None, None, Bar]:
+    """Does the same as ``bar_of_rank``, in parts: there may be very many attempts."""
     known = [each for each in attempts if each.start_unix_ns]
     if not known:
         return Bar(0, 0, {}, 0)
@@ -99,6 +111,7 @@ def bar_of_rank(attempts: Sequence[Account]) -> Bar:
             _add(parts, name, spent_ms)
         end_unix_ns = max(end_unix_ns, account.end_unix_ns)
         highest = max(highest, account.highest)
+        yield
     return Bar(start_unix_ns, end_unix_ns, _in_order(parts), len(known))
 
 
@@ -157,6 +170,12 @@ def _add(parts: dict[str, float], name: str, spent_ms: float) -> None:
 
 
 def _in_order(parts: Mapping[str, float]) -> dict[str, float]:
-    """Returns the parts that there are, in the order in which they are shown."""
+    """Returns the parts that there are, in the order in which they are shown. If they are very many, some are one."""
     others = sorted(parts.keys() - {*ORDER, BETWEEN, UNKNOWN})
+    if len(others) > _MOST_NAMES:
+        longest = sorted(others, key=lambda name: -parts[name])
+        rest = {*longest[_MOST_NAMES:], _OTHER}
+        others = sorted({*others} - rest)
+        parts = {**parts, _OTHER: sum(parts.get(name, 0.0) for name in sorted(rest))}
+        others.append(_OTHER)
     return {name: parts[name] for name in (*ORDER, *others, BETWEEN, UNKNOWN) if parts.get(name, 0.0) > 0.0}

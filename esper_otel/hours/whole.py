@@ -1,25 +1,33 @@
-"""Whole accounts, as gateways tell them to a client, and what several gateways know of one process, joined."""
+"""Whole accounts, as gateways send them to a client, and what several gateways know of one process, joined."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from esper_otel.hours.account import Account, StepTimes, Times
 
+_MOST_NAMES, _OTHER = 256, "other"
+_FEWEST_TOLD = 8
 _MOST_TOLD = 128  # knots, and groups of phases inside steps: about 14 kB
 
 
-def account_text(account: Account) -> str:
-    """Returns an account as JSON. What it says of single steps is thinned: their sums stay as they are."""
-    every = max(len(account.knots) // _MOST_TOLD, 1)
+def account_text(account: Account, most: int = _MOST_TOLD) -> str:
+    """Returns an account as JSON. What it says of single steps is thinned: their sums stay as they are.
+
+    Args:
+        account: the account.
+        most: about how many knots, and groups of phases inside steps, are told; 128 at most.
+    """
+    most = min(max(most, _FEWEST_TOLD), _MOST_TOLD)
+    every = max(len(account.knots) // most, 1)
     return json.dumps(
         {
             **account.as_json(),
             "knots": account.knots[every - 1 :: every],
-            "phases": account.phases,
-            "inside": _grouped(account),
+            "phases": _most_of(account.phases),
+            "inside": _grouped(account, most),
             "starts": account.starts,
             "ends": account.ends,
         },
@@ -42,10 +50,21 @@ def account_of(text: str) -> Account:
     return account
 
 
-def _grouped(account: Account) -> list[tuple[str, int, int, float]]:
+def _most_of(phases: Mapping[str, tuple[float, float]]) -> Mapping[str, tuple[float, float]]:
+    """Returns the totals of phases by name; if they are very many, the shortest become one."""
+    if len(phases) <= _MOST_NAMES:
+        return phases
+    longest = sorted(phases, key=lambda name: -phases[name][0])
+    rest = [phases[name] for name in longest[_MOST_NAMES:]]
+    told = {name: phases[name] for name in longest[:_MOST_NAMES]}
+    total_ms, inside_ms = told.get(_OTHER, (0.0, 0.0))
+    return {**told, _OTHER: (total_ms + sum(each for each, _ in rest), inside_ms + sum(each for _, each in rest))}
+
+
+def _grouped(account: Account, most: int) -> list[tuple[str, int, int, float]]:
     """Returns the phases inside steps by name, end, step and own time; if they are many, neighbours are joined."""
     found = sorted((name, end, step, own_ms) for (name, end), (step, own_ms) in account.inside.items())
-    every = -(-len(found) // _MOST_TOLD) or 1
+    every = -(-len(found) // most) or 1
     if every == 1:
         return found
     groups: dict[tuple[str, int], list[tuple[str, int, int, float]]] = defaultdict(list)

@@ -26,7 +26,7 @@ def main(options: argparse.Namespace) -> int:
         ConfigurationError: a setting is invalid. This is checked here because telemetry later leaves the script's
             output streams alone.
     """
-    from esper_otel.session.start import check_environment
+    from esper_otel.session.environment import check_environment
 
     check_environment()
     # The page, if one is asked for, is open now.

@@ -129,7 +129,7 @@ class _Ended(NamedTuple):
 
 
 def _weakly(loop: Loop) -> Callable[[], int | None]:
-    """Returns what says which step the loop is in, without keeping the loop alive."""
+    """Returns a function that returns the step that the loop is in, without keeping the loop alive."""
     reference = weakref.ref(loop)
 
     def inside() -> int | None:

@@ -111,7 +111,7 @@ class StepParts:
             self.optimizer_ends()
 
     def optimizer_begins(self) -> None:
-        """An optimizer's step begins. Repeated when our own work before it is done, which is not part of it."""
+        """An optimizer's step begins. Called again after our own work before it, so that this work is not counted."""
         if self._is_followed() and self._depth <= 1:
             self._is_in_optimizer = True
             self._begin("optimizer")

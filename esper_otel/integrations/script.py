@@ -285,7 +285,7 @@ class Script:
 
     @_harmless
     def _finish(self) -> None:
-        from esper_otel.session.start import has_died
+        from esper_otel.session.ending import has_died
 
         steps = self._steps
         if steps is None:

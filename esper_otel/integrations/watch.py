@@ -22,7 +22,8 @@ from esper_otel.integrations.saves import follow_saves, unfollow_saves
 from esper_otel.integrations.steps import OptimizerSteps
 from esper_otel.record.loaders import Loader, following, is_stand_in, of
 from esper_otel.record.mistakes import Mistakes, spares_mistakes
-from esper_otel.session.start import ended_well, start
+from esper_otel.session.ending import ended_well
+from esper_otel.session.start import start
 from esper_otel.session.telemetry import Telemetry, outcome_of
 from esper_otel.tracebacks import leave_out_caller
 
@@ -94,8 +95,8 @@ class Watch(Loader[Batch]):
 class WatchedLoop:
     """Records a step for each optimizer step. Keeps no strong references to optimizers, model or loader.
 
-    A step lasts from its first batch until the next batch is requested. ``OptimizerSteps`` tells what happens to
-    batches without a step.
+    A step lasts from its first batch until the next batch is requested. ``OptimizerSteps`` decides what happens
+    to batches without a step.
     """
 
     def __init__(

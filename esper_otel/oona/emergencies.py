@@ -24,7 +24,7 @@ class Emergencies:
 
     A packet does if it is of priority HIGH or CRITICAL *and* a reason for that is new: a risk signal, another event, or
     an UNHEALTHY seed that begins or escalates (see ``Episodes``). Packets of later steps in which the same goes on are
-    not emergencies. A busy CPU is none in a run that trains on its CPU.
+    not emergencies. A busy CPU is not an emergency in a run that trains on its CPU.
 
     A decision stands until ``confirm``: if the packets could not be published, the same ones get the same answer again.
     """

@@ -222,7 +222,7 @@ def _end(live: LiveSeeds, ends: Iterable[StreamEnd]) -> tuple[str, ...]:
     if cells:
         table = SeedTable(live.table.ids, live.table.cells.copy())
         table.cells.view(np.uint64)[tuple(np.array(cells).T)] = ABSENT_BITS
-        live.commit(SeedStep(table, table, None, 0, ()))
+        live.commit(SeedStep(table, table))
         rows = sorted({row for row, _ in cells})
         retired += [table.ids[row] for row in np.array(rows)[is_absent(table.cells[rows]).all(axis=1)].tolist()]
     return live.retire(dict.fromkeys(retired))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,32 +12,30 @@ from typing import Any, Self
 import grpc
 from google.protobuf.message import Message
 
-from esper_otel.errors import ConfigurationError, GatewayError, GatewayUnavailable, UnknownRun
+from esper_otel.errors import GatewayError, GatewayUnavailable, UnknownRun
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Page
-from esper_otel.pull.client import (
+from esper_otel.pull.calls import (
     ANSWERS,
-    DEFAULT_PACKETS,
     RETRY_S,
-    GatewayAddress,
     events_request,
     has_some,
     may_retry,
     method,
     newest_ranks,
-    page_of,
     pull_request,
     pulled_of,
+    pulling_of,
     raise_of,
     raise_translated,
     request_after,
-    targets_of,
     translated,
 )
-from esper_otel.pull.event_infos import EventPage, event_page
+from esper_otel.pull.event_infos import EventPage
+from esper_otel.pull.gateway_address import GatewayAddress, targets_of
 from esper_otel.pull.infos import RunInfo, run_infos, run_outcome
 from esper_otel.pull.messages import EventsRequest, HoursRequest, PullRequest, RanksRequest, RunsRequest
-from esper_otel.pull.several import EVENTS, Answer, Ask, NoAnswer, SeveralGateways, merged_runs
+from esper_otel.pull.several import EVENTS, STEPS, Answer, Ask, Kind, NoAnswer, SeveralGateways, merged_runs
 from esper_otel.pull.views import RunRanks, merged_hours, run_ranks
 
 __all__ = ["RunInfo", "TamiyoClient"]
@@ -80,13 +78,7 @@ class TamiyoClient:
     ) -> Page:
         """Returns the steps after a cursor, oldest first. See ``esper_otel.TamiyoClient.pull``."""
         request = pull_request(run_id, cursor, rank, max_packets, wait_s, shard, values=values)
-        if shard is not None and self._several is not None:
-            raise ConfigurationError("pull: shard= needs one address, that of the servers of a tier on Kafka")
-        if self._several is None:
-            [gateway] = self._gateways.values()
-            return page_of(run_id, await gateway.call("Pull", request, wait_s))
-        pulling = self._several.pulling(run_id, request.cursor, rank, request.max_packets or DEFAULT_PACKETS, wait_s)
-        return await self._of_several(pulling, "Pull", request)  # type: ignore[no-any-return]
+        return await self._pulled(request, STEPS, max_packets)  # type: ignore[no-any-return]
 
     async def events(
         self,
@@ -99,21 +91,17 @@ class TamiyoClient:
     ) -> EventPage:
         """Returns the events of a run after a cursor. See ``esper_otel.TamiyoClient.events``."""
         request = events_request(run_id, cursor, rank, max_events, wait_s)
+        return await self._pulled(request, EVENTS, max_events)  # type: ignore[no-any-return]
+
+    async def _pulled(self, request: PullRequest | EventsRequest, what: Kind, most: int) -> Any:
+        """Asks the gateway, or several of them until there is a page."""
         if self._several is None:
             [gateway] = self._gateways.values()
-            return event_page(await gateway.call("Events", request, wait_s))
-        pulling = self._several.pulling(
-            run_id, request.cursor, rank, request.max_events or DEFAULT_PACKETS, wait_s, EVENTS
-        )
-        return await self._of_several(pulling, "Events", request)  # type: ignore[no-any-return]
-
-    async def _of_several(
-        self, pulling: Generator[Ask, Mapping[str, Answer], Any], name: str, request: PullRequest | EventsRequest
-    ) -> Any:
-        """Asks several gateways until there is a page."""
+            return pulled_of(request.run_id, await gateway.call(what.method, request, request.wait_s))
+        pulling = pulling_of(self._several, request, what, most)
         ask = next(pulling)
         while True:
-            answers = await self._answers(name, request, ask)
+            answers = await self._answers(what.method, request, ask)
             try:
                 ask = pulling.send(answers)
             except StopIteration as end:

@@ -4,130 +4,44 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, Self
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
-from esper_otel.addresses import is_on_this_machine
-from esper_otel.bearer import read_tokens, reason_of
-from esper_otel.errors import ConfigurationError, GatewayError, GatewayUnavailable, StaleCursor, UnknownRun
+from esper_otel.errors import GatewayError, GatewayUnavailable, UnknownRun
 from esper_otel.hours.bar import RunHours
-from esper_otel.leyline import messages
-from esper_otel.leyline.packets import Packets, Page
-from esper_otel.log import Warnings
-from esper_otel.pull.event_infos import EventPage, event_page
+from esper_otel.leyline.packets import Page
+from esper_otel.pull.calls import (
+    ANSWERS,
+    RETRY_S,
+    events_request,
+    has_some,
+    may_retry,
+    method,
+    newest_ranks,
+    pull_request,
+    pulled_of,
+    pulling_of,
+    raise_of,
+    raise_translated,
+    request_after,
+    translated,
+)
+from esper_otel.pull.event_infos import EventPage
+from esper_otel.pull.gateway_address import GatewayAddress, targets_of
 from esper_otel.pull.infos import RunInfo, run_infos, run_outcome
 from esper_otel.pull.messages import (
-    SERVICE,
     EventsRequest,
-    EventsResponse,
     HoursRequest,
-    HoursResponse,
     PullRequest,
-    PullResponse,
     RanksRequest,
-    RanksResponse,
     RunsRequest,
-    RunsResponse,
 )
-from esper_otel.pull.several import EVENTS, Answer, Ask, NoAnswer, SeveralGateways, merged_runs
+from esper_otel.pull.several import EVENTS, STEPS, Answer, Ask, Kind, NoAnswer, SeveralGateways, merged_runs
 from esper_otel.pull.views import RunRanks, merged_hours, run_ranks
-
-RETRY_S = 0.1
-_MOST_SHARDS = 1_000
-DEFAULT_PACKETS = 64
-ANSWERS: dict[str, Any] = {
-    "Runs": RunsResponse,
-    "Pull": PullResponse,
-    "Ranks": RanksResponse,
-    "Hours": HoursResponse,
-    "Events": EventsResponse,
-}
-_WARNINGS = Warnings()
-_OPTIONS = [
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),  # a page has up to about 16 MiB, or a single larger step
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-]
-_ERRORS: dict[grpc.StatusCode, type[GatewayError]] = {
-    grpc.StatusCode.NOT_FOUND: UnknownRun,
-    grpc.StatusCode.FAILED_PRECONDITION: StaleCursor,
-    grpc.StatusCode.UNAVAILABLE: GatewayUnavailable,
-    grpc.StatusCode.DEADLINE_EXCEEDED: GatewayUnavailable,
-}
-
-
-class GatewayAddress(NamedTuple):
-    """The address and credentials of a gateway, shared by both clients."""
-
-    address: str
-    credentials: grpc.ChannelCredentials | None
-    token_file: Path | None
-    timeout_s: float
-
-    @classmethod
-    def of(
-        cls,
-        target: str,
-        token_file: Path | str | None,
-        ca_file: Path | str | None,
-        certificate_file: Path | str | None,
-        key_file: Path | str | None,
-        timeout_s: float,
-    ) -> GatewayAddress:
-        """Checks a client's arguments and makes a target from them.
-
-        Raises:
-            ConfigurationError: the arguments cannot be used.
-        """
-        scheme, has_scheme, address = target.rpartition("://")
-        if scheme not in {"", "http", "https"} or not address:
-            raise ConfigurationError(f"target {target!r}: give host:port, or https://host:port for TLS")
-        if (certificate_file is None) != (key_file is None):
-            raise ConfigurationError("certificate_file and key_file: a client's certificate needs both files")
-        is_secure = scheme == "https" or (not has_scheme and (ca_file is not None or certificate_file is not None))
-        if not is_secure and (ca_file is not None or certificate_file is not None):
-            raise ConfigurationError(f"target {target!r} does not use TLS, but a certificate is given: use https://")
-        token = None if token_file is None else Path(token_file)
-        try:
-            credentials = (
-                grpc.ssl_channel_credentials(_content(ca_file), _content(key_file), _content(certificate_file))
-                if is_secure
-                else None
-            )
-            if token is not None:
-                read_tokens(token)
-        except OSError as error:
-            raise ConfigurationError(f"client of {target}: {error}") from error
-        except ValueError as error:
-            raise ConfigurationError(f"client of {target}: token file {token}: {error}") from error
-        if token is not None and not is_secure and not is_on_this_machine(address):
-            message = "the token of %s goes to %s over plain text, readable on the way: give https://"
-            _WARNINGS.say(address, message, token, address)
-        return cls(address, credentials, token, timeout_s)
-
-    @property
-    def options(self) -> Sequence[tuple[str, Any]]:
-        """Options of the gRPC channel."""
-        return _OPTIONS
-
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Returns the metadata of a call: the token that is in its file now."""
-        if self.token_file is None:
-            return ()
-        try:
-            return (("authorization", f"Bearer {read_tokens(self.token_file)[0].text}"),)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"token file {self.token_file}: {reason_of(error)}") from error
-
-
-def _content(path: Path | str | None) -> bytes | None:
-    return None if path is None else Path(path).read_bytes()
 
 
 class TamiyoClient:
@@ -208,13 +122,7 @@ class TamiyoClient:
             GatewayError: the gateway refused for another reason.
         """
         request = pull_request(run_id, cursor, rank, max_packets, wait_s, shard, values=values)
-        if shard is not None and self._several is not None:
-            raise ConfigurationError("pull: shard= needs one address, that of the servers of a tier on Kafka")
-        if self._several is None:
-            [gateway] = self._gateways.values()
-            return page_of(run_id, gateway.call("Pull", request, wait_s))
-        pulling = self._several.pulling(run_id, request.cursor, rank, request.max_packets or DEFAULT_PACKETS, wait_s)
-        return self._of_several(pulling, "Pull", request)  # type: ignore[no-any-return]
+        return self._pulled(request, STEPS, max_packets)  # type: ignore[no-any-return]
 
     def events(
         self,
@@ -240,25 +148,20 @@ class TamiyoClient:
             UnknownRun: nothing of the run is stored, even after the wait.
             StaleCursor: the cursor belongs to an earlier store of this run that no longer exists.
             GatewayUnavailable: the gateway did not answer in time.
-            GatewayError: the gateway refused for another reason, or has no events: it is of an earlier version, or the
-                servers of a tier on Kafka.
+            GatewayError: the gateway refused for another reason, or has no events, since it is of an earlier version.
         """
         request = events_request(run_id, cursor, rank, max_events, wait_s)
+        return self._pulled(request, EVENTS, max_events)  # type: ignore[no-any-return]
+
+    def _pulled(self, request: PullRequest | EventsRequest, what: Kind, most: int) -> Any:
+        """Asks the gateway, or several of them until there is a page."""
         if self._several is None:
             [gateway] = self._gateways.values()
-            return event_page(gateway.call("Events", request, wait_s))
-        pulling = self._several.pulling(
-            run_id, request.cursor, rank, request.max_events or DEFAULT_PACKETS, wait_s, EVENTS
-        )
-        return self._of_several(pulling, "Events", request)  # type: ignore[no-any-return]
-
-    def _of_several(
-        self, pulling: Generator[Ask, Mapping[str, Answer], Any], name: str, request: PullRequest | EventsRequest
-    ) -> Any:
-        """Asks several gateways until there is a page."""
+            return pulled_of(request.run_id, gateway.call(what.method, request, request.wait_s))
+        pulling = pulling_of(self._several, request, what, most)
         ask = next(pulling)
         while True:
-            answers = self._answers(name, request, ask)
+            answers = self._answers(what.method, request, ask)
             try:
                 ask = pulling.send(answers)
             except StopIteration as end:
@@ -391,151 +294,3 @@ class _GatewayChannel:
             return error
         except grpc.FutureCancelledError:
             return GatewayUnavailable(f"gateway {self._target.address}: the call was cancelled")
-
-
-def method(name: str) -> tuple[str, Callable[[Any], bytes]]:
-    """Returns a method's path and the function that serializes its request."""
-    return f"/{SERVICE}/{name}", lambda message: message.SerializeToString()
-
-
-def may_retry(error: Any, deadline_s: float) -> bool:
-    """Returns whether a failed call should be retried before the deadline, given on the monotonic clock."""
-    return error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() + RETRY_S < deadline_s
-
-
-def targets_of(targets: str, *arguments: Any) -> list[GatewayAddress]:
-    """Returns the gateways that a client's arguments name: addresses with commas between them.
-
-    Raises:
-        ConfigurationError: the arguments cannot be used, or an address is given twice.
-    """
-    found = [GatewayAddress.of(each.strip(), *arguments) for each in targets.split(",")]
-    if len({each.address for each in found}) < len(found):
-        raise ConfigurationError(f"target {targets!r}: an address is given twice")
-    return found
-
-
-def has_some(answer: Answer) -> bool:
-    """Whether an answer has steps or events."""
-    return not isinstance(answer, GatewayError) and len(answer) > 0
-
-
-def pulled_of(run_id: str, response: PullResponse | EventsResponse) -> Answer:
-    """Converts the response to a pull of steps or events.
-
-    Raises:
-        GatewayError: the response does not contain Leyline packets.
-    """
-    return page_of(run_id, response) if isinstance(response, PullResponse) else event_page(response)
-
-
-def request_after(request: PullRequest | EventsRequest, cursor: str, wait_s: float) -> PullRequest | EventsRequest:
-    """Returns a pull after another cursor, which waits as long as this."""
-    changed = type(request).FromString(request.SerializeToString())
-    changed.cursor, changed.wait_s = cursor, wait_s
-    return changed
-
-
-def newest_ranks(of_gateways: Iterable[RunRanks]) -> RunRanks:
-    """Returns the comparison that has the newest step."""
-    return max(of_gateways, key=lambda ranks: (ranks.attempt, ranks.last_step))
-
-
-def raise_of(errors: Sequence[GatewayError]) -> NoReturn:
-    """Raises the error of several gateways, none of which has an answer."""
-    [error, *others] = sorted(errors, key=lambda each: isinstance(each, UnknownRun))
-    raise type(error)("; ".join(map(str, (error, *others)))) from error
-
-
-def raise_translated(error: Any, target: GatewayAddress) -> NoReturn:
-    """Raises the matching error of this package for an error of gRPC."""
-    raise translated(error, target) from error
-
-
-def translated(error: Any, target: GatewayAddress) -> GatewayError:
-    """Returns the matching error of this package for an error of gRPC."""
-    kind = _ERRORS.get(error.code(), GatewayError)
-    reason = f"{error.code().name}: {error.details()}"
-    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-        how = "without TLS" if target.credentials is None else "over TLS"
-        reason = f"no gateway answered there, {how}, within {target.timeout_s:g} s"
-    return kind(f"gateway {target.address}: {reason}")
-
-
-def pull_request(
-    run_id: str,
-    cursor: str | None,
-    rank: int | None,
-    max_packets: int,
-    wait_s: float,
-    shard: tuple[int, int] | None = None,
-    *,
-    values: bool = False,
-) -> PullRequest:
-    """Makes the request of a pull.
-
-    Raises:
-        ConfigurationError: a number is out of range.
-    """
-    try:
-        request = PullRequest(
-            run_id=run_id, cursor=cursor or "", max_packets=max_packets, wait_s=wait_s, with_values=values
-        )
-        if rank is not None:
-            request.rank = rank
-        if shard is not None:
-            request.shard, request.shards = shard
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"pull: {error}") from error
-    if shard is not None and (rank is not None or not request.shard < request.shards <= _MOST_SHARDS):
-        raise ConfigurationError(f"pull: shard={shard}: give (i, n) with i from 0 to n - 1, n up to 1000, and no rank")
-    return request
-
-
-def events_request(run_id: str, cursor: str | None, rank: int | None, max_events: int, wait_s: float) -> EventsRequest:
-    """Makes the request of a pull of events.
-
-    Raises:
-        ConfigurationError: a number is out of range.
-    """
-    try:
-        request = EventsRequest(run_id=run_id, cursor=cursor or "", max_events=max_events, wait_s=wait_s)
-        if rank is not None:
-            request.rank = rank
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"events: {error}") from error
-    return request
-
-
-def page_of(run_id: str, response: PullResponse) -> Page:
-    """Converts the response to a pull to packets.
-
-    Raises:
-        GatewayError: the response does not contain Leyline packets.
-    """
-    try:
-        return _page_of(run_id, response)
-    except DecodeError:
-        raise GatewayError(f"the gateway's answer for run {run_id!r} does not contain valid Leyline packets") from None
-
-
-def _page_of(run_id: str, response: PullResponse) -> Page:
-    steps = tuple(
-        Packets(
-            state=messages.SystemStatePacket.FromString(step.state),
-            telemetry=tuple(messages.TelemetryPacket.FromString(packet) for packet in step.telemetry),
-            run_id=run_id,
-            attempt=step.attempt,
-            rank=step.rank,
-            step=step.step,
-            revision=step.revision,
-            complete=step.complete,
-            age_s=step.age_s,
-            names=frozenset(step.names),
-            writer=step.writer,
-            number=step.number,
-            values=dict(zip(step.value_names, step.values, strict=False)),
-        )
-        for step in response.steps
-    )
-    return Page(steps, response.cursor, response.gap)

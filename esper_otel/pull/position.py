@@ -141,7 +141,7 @@ class Position:
         return is_again and step.step <= self.steps.get(step.writer, -1)
 
     def knows(self, step: StepKey) -> bool:
-        """Whether what is missing before a step follows from its number; otherwise a gateway has to tell."""
+        """Whether what is missing before a step follows from its number; otherwise a gateway has to report it."""
         return step.number > 0 and (step.writer in self.numbers or not self.is_inherited)
 
     def missed(self, step: StepKey, address: str) -> int:

@@ -60,7 +60,7 @@ class SeveralGateways:
         self._unknown_until_s: dict[str, float] = {}
 
     def pulling(
-        self, run_id: str, cursor: str, rank: int | None, most: int, wait_s: float, what: Kind | None = None
+        self, run_id: str, cursor: str, rank: int | None, most: int, wait_s: float, what: Kind
     ) -> Generator[Ask, Mapping[str, Answer], Any]:
         """Yields what to ask, takes the answers, and returns the next page. See ``TamiyoClient.pull``.
 
@@ -70,9 +70,8 @@ class SeveralGateways:
             rank: the rank; None for all.
             most: the maximum number of steps.
             wait_s: seconds to wait for a step.
-            what: what is pulled instead of steps.
+            what: what is pulled.
         """
-        what = what or STEPS
         position = Position.of(cursor, rank, self._addresses)
         begun_s = time.monotonic()
         errors: dict[str, GatewayError] = {}
@@ -150,19 +149,21 @@ class Kind(NamedTuple):
     """What is pulled from several gateways: steps or events.
 
     Attributes:
+        method: the method of a gateway that returns them.
         page: makes a page of items, a cursor and a gap.
         key_of: returns what tells an item from others.
         order: returns what the items of several gateways are sorted by, so that numbers of a writer do not go back.
     """
 
+    method: str
     page: Callable[[tuple[Any, ...], str, int], Pulled]
     key_of: Callable[[Any], StepKey]
     order: Callable[[Any], tuple[int, ...]]
 
 
-STEPS = Kind(Page, key_of, lambda step: (step.state.timestamp_ns,))
+STEPS = Kind("Pull", Page, key_of, lambda step: (step.state.timestamp_ns,))
 # Not by time: a checkpoint may get its number before what happened in the step before it.
-EVENTS = Kind(EventPage, _key_of_event, lambda event: (event.attempt, event.number, event.rank))
+EVENTS = Kind("Events", EventPage, _key_of_event, lambda event: (event.attempt, event.number, event.rank))
 
 
 def joined(
@@ -188,7 +189,7 @@ def joined(
         address: page.gap for address, page in pages.items() if not (len(page) and position.knows(what.key_of(page[0])))
     }
     taken, gap, left = _taken(steps, position, most, lambda address: not are_all or bool(full - {address}))
-    if not taken and left and are_all:  # each waits for another: nobody can say more
+    if not taken and left and are_all:  # each waits for another: no gateway knows more
         taken, gap, left = _taken(steps, position, most, lambda _: False)
     has_moved = False
     for address, page in pages.items():

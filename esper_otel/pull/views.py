@@ -124,7 +124,7 @@ def run_hours(response: HoursResponse) -> RunHours:
 def merged_hours(answers: Sequence[HoursResponse]) -> RunHours:
     """Returns the hours of a run of which several gateways have parts: each attempt's of all that know it.
 
-    A gateway of an older version tells a bar only; that is used for a rank of which it knows more than the others.
+    A gateway of an older version returns only a bar; it is used for a rank of which it knows more than others.
     """
     found = [run_hours(answer) for answer in answers]
     if len(found) == 1:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from time import monotonic, sleep
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from esper_otel.frames.frame import (
@@ -37,6 +37,11 @@ _DEVICE_POLL_S = 0.001
 # A signal handler may call drain() on the very thread that is already in drain(): it must not wait for ever.
 _DRAINING_TIMEOUT_S = 1.0
 
+# Steps that wait for a device may take up this much memory: some thousand steps. Of a step, the objects were measured
+# on Python 3.11 without those of the driver.
+MOST_WAITING_BYTES = 32 * 1024 * 1024
+_WAITING_BYTES, _VALUE_BYTES = 4_000, 120
+
 _NAN = float("nan")
 _NOTHING: tuple[tuple[str, ...], tuple[float, ...]] = ((), ())
 
@@ -47,8 +52,8 @@ _NO_SEEDS_CHANGE: _SeedsChange = (NO_SEEDS, (), None)
 # Layouts kept; a script that makes names up in every step has others each time.
 _MOST_LAYOUTS = 4_000
 
-# Layouts by what was recorded, then by the names derived.
-_Layouts: TypeAlias = dict[Signature, dict[tuple[str, ...], Layout]]
+# Layouts by what was recorded and the names derived.
+_Layouts: TypeAlias = dict[tuple[Signature, tuple[str, ...]], Layout]
 
 _LOWEST, _HIGHEST = -FLOAT32_BOUND, FLOAT32_BOUND  # a loss beyond these is not finite as a float32
 
@@ -89,13 +94,18 @@ class Draft(NamedTuple):
     probed: Mapping[str, float] = NO_READINGS
 
 
+def _bytes_of(draft: Draft) -> int:
+    """About how much memory a waiting step takes."""
+    return _WAITING_BYTES + _VALUE_BYTES * len(draft.values) + draft.table.cells.nbytes
+
+
 class FrameDeriver(Protocol):
     """The interface that recording requires of the deriver, which computes further metrics from those of a step.
 
     Attributes:
         step: takes the only state, the loss and the gradient norm, NaN for a missing one; returns the next state, and
             what ``commit`` does. None if ``commit`` must be called, because these two are not enough.
-        states: what it knows of the steps before; never changed in place.
+        states: what it knows of the steps before; never changed in place. Empty if it derives nothing.
     """
 
     step: Callable[[Any, float, float], tuple[Any, tuple[str, ...], tuple[float, ...]]] | None
@@ -131,6 +141,7 @@ class Counters:
         self.nonfinite: int = 0
         self.out_of_range: int = 0
         self.faults: int = 0
+        self.without_device_values: int = 0  # steps
 
 
 class FramePublisher:
@@ -166,10 +177,9 @@ class FramePublisher:
         self._arrivals = Arrivals(self.waiting, self.drain)
         self._device_is_named = False
         self._is_unsettled = True  # the device may be unknown, or ``settle_run`` not yet called
-        self.signatures: Signatures = Signatures()
+        self.signatures: Signatures = Signatures(names.left_out)
         self.probing = probing
         self.next_step: NextStep = NextStep()  # collects values for it
-        self._leaves_out = bool(names.left_out)
         self._deriving = deriving
         self._count = 0
         self._all_layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], _Layouts] = {}
@@ -186,7 +196,36 @@ class FramePublisher:
         self.waiting.append((draft, held))
         self.drain()
         if self.waiting:
+            self._bound_waiting()
             self._arrivals.note()
+
+    def _bound_waiting(self) -> None:
+        """Publishes the first waiting steps without their device values while the steps take up too much memory."""
+        lost = 0
+        while len(self.waiting) > 1 and sum([_bytes_of(draft) for draft, _ in self.waiting]) > MOST_WAITING_BYTES:
+            if not self._draining.acquire(timeout=_DRAINING_TIMEOUT_S):
+                break
+            try:
+                if self.waiting:
+                    lost += self._publish_anyhow()
+            finally:
+                self._draining.release()
+            self.drain()
+        if lost:
+            self.warnings.say(
+                "device",
+                "%d steps published without device values: more than %d MiB of steps waited for them",
+                self.counters.without_device_values,
+                MOST_WAITING_BYTES >> 20,
+            )
+
+    def _publish_anyhow(self) -> bool:
+        """Publishes the first waiting step; returns whether its device values have not arrived, and are not in it."""
+        _, held = self.waiting[0]
+        is_without = held is not None and not held.done()
+        self.counters.without_device_values += is_without
+        self._publish_first(None if is_without else held)
+        return is_without
 
     def drain(self, *, wait: bool = False) -> None:
         """Publishes the steps whose device values have arrived, in order. With ``wait``, waits for all steps."""
@@ -218,20 +257,20 @@ class FramePublisher:
 
     def _settle(self, deadline_s: float) -> None:
         self.drain()
-        while self.waiting and time.monotonic() < deadline_s:
-            time.sleep(_DEVICE_POLL_S)
+        while self.waiting and monotonic() < deadline_s:
+            sleep(_DEVICE_POLL_S)
             self.drain()
         if not self.waiting:
             return
-        self.warnings.say(
-            "device", "%d steps published without device values that did not arrive in time", len(self.waiting)
-        )
+        lost = 0
         if self._draining.acquire(timeout=_DRAINING_TIMEOUT_S):
             try:
                 while self.waiting:
-                    self._publish_first(None)
+                    lost += self._publish_anyhow()
             finally:
                 self._draining.release()
+        if lost:
+            self.warnings.say("device", "%d steps published without device values that did not arrive in time", lost)
 
     def _publish_first(self, held: DeviceValues | None) -> None:
         """Publishes the first waiting step. If that fails, drops it, so that later steps are still published."""
@@ -292,24 +331,12 @@ class FramePublisher:
             self._go_back()
         return self._live
 
-    def is_settled(self, table: SeedTable) -> bool:
-        """Whether every cell of the table is already known to be valid. Belongs to the recording thread.
+    def is_good(self, table: SeedTable) -> bool:
+        """Whether all cells of a table are present, finite and in range. Belongs to the recording thread.
 
-        Returns False while a step waits: another thread may publish it and change the known seeds.
+        Returns False while a step waits: another thread may be checking the cells of that one.
         """
-        return not self.waiting and self.live.is_settled(table)
-
-    def _publish_completed(self, draft: Draft, held: DeviceValues | None) -> None:
-        """Publishes a step that has ended, after adding the context and fresh readings to it."""
-        following, context = self.next_step, None
-        if following.is_anything:
-            held, context = following.take_context(held)
-        probed = self.probing.readings(time.monotonic())
-        draft = draft._replace(values=self.names.kept(draft.values), context=context, probed=probed)
-        if held is not None or self.waiting:
-            self.publish_later(draft, held)
-        else:
-            self._publish_draft(draft)
+        return not self.waiting and self.live.is_good(table)
 
     def publish(
         self,
@@ -332,11 +359,16 @@ class FramePublisher:
         ``held`` is what is still on a device. ``context`` and ``probed`` are only given for a step that has waited.
         """
         if probed is None:
+            numbers = numbers if recorded.kept is None else recorded.kept_of(numbers)
+            recorded = recorded if recorded.kept is None else recorded.kept
+            if self.next_step.is_anything:
+                held, context = self.next_step.take_context(held)
             probed, until_s = self.probing.shown
-            is_usual = held is None and not (self.waiting or self._leaves_out or self.next_step.is_anything)
-            if not is_usual or until_s <= time.monotonic():
-                draft = Draft(step, epoch, time_unix_ns, recorded.dict_of(numbers), table, failed, retired)
-                self._publish_completed(draft, held)
+            probed = probed if monotonic() < until_s else self.probing.readings(monotonic())
+            if held is not None or self.waiting:
+                values = recorded.dict_of(numbers)
+                draft = Draft(step, epoch, time_unix_ns, values, table, failed, retired, context, probed)
+                self.publish_later(draft, held)
                 return
         if self._before is not None or self._owed is not None:
             retired, context = self._recovered(retired, context)
@@ -346,29 +378,27 @@ class FramePublisher:
         self._before = (ring.last + 1, deriving.states, self.last_finite_loss, seeds, retired, context)
         self._owed = None
         table, ended, violations = self._stepped(table, retired) if has_seeds else _NO_SEEDS_CHANGE
-        loss = _NAN if recorded.loss < 0 else numbers[recorded.loss]
+        loss = _NAN if recorded.loss < 0 else 1.0 * numbers[recorded.loss]  # it may be an int
         if failed or deriving.step is None:
             self.counters.failed += failed
-            derived, computed = _NOTHING if failed else deriving.commit({**probed, **recorded.dict_of(numbers)})
+            derived, computed = _NOTHING if failed or not deriving.states else self._derived(recorded, numbers, probed)
         else:
-            norm = _NAN if recorded.norm < 0 else numbers[recorded.norm]
+            norm = _NAN if recorded.norm < 0 else 1.0 * numbers[recorded.norm]
             state, derived, computed = deriving.step(deriving.states[0], loss, norm)
             deriving.states = (state,)
         if self._is_unsettled:
             self._settle_run()
         has_loss = _LOWEST < loss < _HIGHEST
-        if has_loss:
-            self.last_finite_loss = loss
+        self.last_finite_loss = loss if has_loss else self.last_finite_loss
         if not has_loss or violations is not None or failed or self.counters.backwards:
             notes = self._notes(violations, has_loss=has_loss, failed=failed)
             recorded, numbers = self.signatures.of((*recorded.names, *notes)), (*numbers, *notes.values())
         _, before, beside, layouts = self._surroundings
         if context or probed is not before:
             _, _, beside, layouts = self._surround(context, probed)
-        try:
-            layout = layouts[recorded][derived]
-        except KeyError:
-            layout = self._compiled(derived, recorded)
+        layout = recorded.layout
+        if recorded.layouts is not layouts or layout.derived is not derived:  # another one than in its last step
+            layout = self._layout(derived, recorded)
         numbers = computed + beside + numbers
         ring.append(self.run, step, epoch, time_unix_ns, layout, numbers, table, self._live.table, ended)
         self._before = None
@@ -376,6 +406,13 @@ class FramePublisher:
             self.published()
         if not has_loss and recorded.loss >= 0 and self.alarmed is not None:
             self.alarmed()
+
+    def _derived(
+        self, recorded: Signature, numbers: tuple[float, ...], probed: Mapping[str, float]
+    ) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Returns names and numbers of what the processors derive from a step; they advance to the next one."""
+        given = dict(zip(recorded.names, map(float, numbers), strict=True))
+        return self._deriving.commit({**probed, **given} if probed else given)
 
     def _go_back(self) -> None:
         """Undoes what a step has changed that Ctrl-C has stopped, unless its row is in the ring."""
@@ -412,15 +449,18 @@ class FramePublisher:
         layouts = self._all_layouts.setdefault((tuple(context), tuple(probed)), {})
         return context, probed, (*context.values(), *probed.values()), layouts
 
-    def _compiled(self, derived: tuple[str, ...], recorded: Signature) -> Layout:
-        """Compiles the layout of a step, and keeps it for those that have the same names."""
-        self._count += 1
-        if self._count > _MOST_LAYOUTS:
-            self._all_layouts, self._count = {}, 0
-            self._surround(None, self._surroundings[1])
+    def _layout(self, derived: tuple[str, ...], recorded: Signature) -> Layout:
+        """Returns the layout of a step; it is compiled once for all steps that have the same names."""
         context, probed, _, layouts = self._surroundings
-        layout = Layout(derived, tuple(context), tuple(probed), recorded.names)
-        layouts.setdefault(recorded, {})[derived] = layout
+        layout = layouts.get((recorded, derived))
+        if layout is None:
+            self._count += 1
+            if self._count > _MOST_LAYOUTS:
+                self._all_layouts, self._count = {}, 0
+                self._surround(None, self._surroundings[1])
+                layouts = self._surroundings[3]
+            layouts[recorded, derived] = layout = Layout(derived, tuple(context), tuple(probed), recorded.names)
+        recorded.layouts, recorded.layout = layouts, layout
         return layout
 
     def _stepped(self, table: SeedTable, retired: Sequence[str]) -> _SeedsChange:
@@ -429,9 +469,6 @@ class FramePublisher:
         ended = live.retire(retired) if retired else ()
         if not table.ids:
             return table, ended, None
-        settled = live.settled(table)
-        if settled is not None:
-            return settled, ended, live.settled_violations
         seeds = live.step(table)
         live.commit(seeds)
         if seeds.nonfinite:

@@ -244,7 +244,7 @@ class Phases:
         return seconds
 
     def _record_on(self, thread: int) -> None:
-        """Makes a thread the recording one. Phases that are open on the one before are from now on beside the steps."""
+        """Makes a thread the recording one. Phases open on the one before lie outside the steps from now on."""
         if thread == self._thread:
             return
         if self._open:

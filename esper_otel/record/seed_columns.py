@@ -13,13 +13,14 @@ from esper_otel.record.seeds import checked_seed_id, checked_stage
 from esper_otel.schema import SEED_FIELDS
 
 _FLOAT64 = np.dtype(np.float64)
+_SPARE_NAMES = 1_000
 
 
 class SeedColumns:
     """Builds tables from columns. Ids, fields and stages already checked in the last call are not checked again.
 
     Args:
-        is_good: returns whether a table is known to have neither NaN nor an invalid stage.
+        is_good: returns whether all cells of a table are present, finite and in range.
 
     Threads: the recording thread.
     """
@@ -28,6 +29,7 @@ class SeedColumns:
         self._is_good = is_good
         self._layout = _ColumnLayout((), ())
         self._stages = b""
+        self._names: dict[object, str] = {}  # ids that have been checked
 
     def table(self, ids: Sequence[str], columns: Mapping[str, object]) -> SeedTable:
         """Builds a table from arrays of shape (len(ids),). NaN means that a cell is absent.
@@ -42,7 +44,7 @@ class SeedColumns:
         layout, fields = self._layout, tuple(columns)
         is_known = ids == layout.listed if ids.__class__ is list else tuple(ids) == layout.ids
         if not is_known:
-            layout = _ColumnLayout(_checked_ids(tuple(ids)), fields)
+            layout = _ColumnLayout(self._checked(tuple(ids)), fields)
         elif fields != layout.fields:
             layout = _ColumnLayout(layout.ids, fields)
         given = _stacked(columns)
@@ -52,21 +54,35 @@ class SeedColumns:
                 row[...] = _numbers(field, column, len(layout.ids))
         table = layout.table(given)
         if not self._is_good(table):
-            self._clean(given, layout)
+            if np.isnan(given, layout.nans).tobytes() != layout.no_nans:
+                np.copyto(given, ABSENT, where=layout.nans)
             table = layout.table(given)
-        self._layout = layout
-        return table
-
-    def _clean(self, given: npt.NDArray[np.float64], layout: _ColumnLayout) -> None:
-        """Replaces NaN by ``ABSENT``; raises InvalidValue for an unknown stage."""
-        if np.isnan(given, layout.nans).tobytes() != layout.no_nans:
-            np.copyto(given, ABSENT, where=layout.nans)
         if layout.stage is not None:
             stages = given[layout.stage].tobytes()
             if stages != self._stages:
                 for stage in {*given[layout.stage].tolist()}:
                     checked_stage(stage)
                 self._stages = stages
+        self._layout = layout
+        return table
+
+    def _checked(self, ids: tuple[object, ...]) -> tuple[str, ...]:
+        """Returns the ids if they are valid and occur once each; those of earlier calls are not checked again."""
+        try:
+            found = [*map(self._names.get, ids)]
+        except TypeError:  # one cannot be hashed
+            found = [None] * len(ids)
+        for place in [place for place, name in enumerate(found) if name is None]:
+            given = ids[place]
+            found[place] = name = checked_seed_id(str(given) if isinstance(given, np.str_) else given)
+            self._names[name] = name
+        names: tuple[str, ...] = tuple(found)  # type: ignore[arg-type] # each is a name by now
+        if len({*names}) != len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise InvalidName(f"seed id {twice[0]!r} occurs more than once in one call")
+        if len(self._names) > 2 * len(names) + _SPARE_NAMES:
+            self._names = dict(zip(names, names, strict=True))
+        return names
 
 
 class _ColumnLayout:
@@ -108,14 +124,6 @@ class _ColumnLayout:
             given = by_field
         table: SeedTable = tuple.__new__(SeedTable, (self.ids, given.T))  # skips SeedTable's Python-level constructor
         return table
-
-
-def _checked_ids(ids: tuple[object, ...]) -> tuple[str, ...]:
-    names = tuple(checked_seed_id(str(name) if isinstance(name, np.str_) else name) for name in ids)
-    if len(set(names)) != len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise InvalidName(f"seed id {twice[0]!r} occurs more than once in one call")
-    return names
 
 
 def _stacked(columns: Mapping[str, object]) -> npt.NDArray[np.float64] | None:

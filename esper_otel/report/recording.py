@@ -196,7 +196,7 @@ def _about(head: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
 
 
 def _world_size(said: object) -> int:
-    """Returns a number of ranks that a file states; 1 if it is none."""
+    """Returns the number of ranks that a file states; 1 if it states something else."""
     return said if type(said) is int and 1 < said < 2**31 else 1
 
 

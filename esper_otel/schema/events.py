@@ -122,7 +122,7 @@ EVENTS: tuple[EventKind, ...] = (
     ),
     EventKind(
         RUN_ENDED,
-        "The session has ended; after a `kill -9`, the next start tells it.",
+        "The session has ended; after a `kill -9`, the next start reports it.",
         "INFO if it completed, WARN after a signal, ERROR after an exception or if it was killed",
         (OUTCOME, EXCEPTION_TYPE, EXIT_STATUS),
     ),

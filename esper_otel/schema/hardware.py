@@ -1,4 +1,4 @@
-"""The GPU's metrics under the names of OpenTelemetry's semantic conventions, for those who want them in addition."""
+"""The GPU's metrics under the names of OpenTelemetry's semantic conventions, in addition, where they are wanted."""
 
 from __future__ import annotations
 

@@ -6,21 +6,12 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from esper_otel.schema.catalogue import (
-    DEVICE_INFO,
-    FRAME_POINTS,
-    FRAME_SEQUENCE,
-    METRICS,
-    OWN_SEED,
-    OWN_STEP,
-    PHASES,
-    SEED_METRICS,
-    SEED_RETIRED,
-    SESSION,
-    STEP_METRICS,
-)
+from esper_otel.schema.catalogue import METRICS
 from esper_otel.schema.hardware import TWINS
 from esper_otel.schema.metric import Metric
+from esper_otel.schema.own_metrics import FRAME_POINTS, FRAME_SEQUENCE, OWN_SEED, OWN_STEP, SEED_RETIRED
+from esper_otel.schema.requested_metrics import SEED_METRICS, STEP_METRICS
+from esper_otel.schema.session_metrics import DEVICE_INFO, PHASES, SESSION
 
 _FIELDS = (
     *("name", "unit", "gated", "needs", "kind", "level"),
@@ -28,7 +19,7 @@ _FIELDS = (
 )
 
 _INTRODUCTION = """\
-<!-- Rendered from esper_otel/schema/catalogue.py by `make docs`. Edit that file, not this one. -->
+<!-- Rendered from the catalogue in esper_otel/schema/ by `make docs`. Edit that, not this file. -->
 
 # Metrics
 

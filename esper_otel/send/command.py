@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from esper_otel.errors import ConfigurationError
 from esper_otel.log import Warnings
 from esper_otel.settings import EsperSettings
+from esper_otel.text import printable
 
 if TYPE_CHECKING:
     from esper_otel.export.endpoint import Endpoint
@@ -80,7 +81,7 @@ def _files_of(paths: Iterable[Path]) -> Iterable[Path]:
         if path.is_dir():
             found = sorted(path.glob("*.jsonl"))
             if not any(path.iterdir()):
-                sys.stdout.write(f"{path}: nothing to send\n")
+                sys.stdout.write(f"{printable(path)}: nothing to send\n")
             elif not found:
                 raise ConfigurationError(f"{path} holds neither a spool nor files *.jsonl")
             yield from found

@@ -24,13 +24,20 @@ from esper_otel.log import Warnings, logger
 from esper_otel.schema import METRICS
 from esper_otel.send.lines import Progress, RequestLine, has_more, lines_of
 from esper_otel.send.notes import Notes, RefusedItems
+from esper_otel.text import printable
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _NOTE_EVERY_S = 1.0
 _LONGEST_S = 365 * 86_400.0  # of a thread's wait
 _MEBI = 1024 * 1024
 _MOST_RUNS = 3
+_MOST_OF_A_LINE = 5_000
 REFUSED = "refused.json"  # in a spool
+
+
+def say(text: str) -> None:
+    """Prints a line. Names of files may come from another machine."""
+    sys.stdout.write(f"{printable(text, _MOST_OF_A_LINE)}\n")
 
 
 class Delivery:
@@ -67,7 +74,7 @@ class Delivery:
         parts += progress.refusals.texts(progress.notes)
         parts += ["the last line has no end: its process writes it now, or was killed"] * is_torn
         parts += ["the rest is for the next call"] * (not is_over)
-        sys.stdout.write(f"{path}: {', '.join(parts)}\n")
+        say(f"{path}: {', '.join(parts)}")
         return is_over and not progress.refusals.counts
 
     def _deliver(self, path: Path, progress: Progress) -> bool:
@@ -93,10 +100,10 @@ class Delivery:
             return True
         where += _runs_of(line.body, self._endpoint.signal)
         outcome, pause_s = self._exchanged(line.body), _FIRST_PAUSE_S
-        has_no_logs = outcome.is_missing and self._endpoint.signal == "logs"
-        while outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED} and not has_no_logs:
+        while outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED}:
             pause_s = outcome.retry_after_s or pause_s
-            if time.monotonic() + pause_s > self._deadline_s:
+            has_no_logs = outcome.is_missing and self._endpoint.signal == "logs"  # which may be so for ever
+            if has_no_logs or time.monotonic() + pause_s > self._deadline_s:
                 logger.warning("%s", outcome.reason)
                 return False
             self._warnings.say("send", "%s; trying again", outcome.reason)
@@ -182,7 +189,7 @@ def send_spool(
         idle_ns=lambda _: None,
         fault=fault,
         warnings=warnings,
-        leftovers=lambda: leftovers,
+        leftovers=lambda are_all: () if are_all else leftovers,
         events=events,
     )
     exporter.start()
@@ -198,17 +205,17 @@ def send_spool(
         parts.append(f"{events.sent} events to {logs[1].target}")
     parts += refusals.texts(notes.path)
     parts += [f"{left} sessions are not delivered yet"] * bool(left)
-    sys.stdout.write(f"{directory}: {', '.join(parts)}\n")
+    say(f"{directory}: {', '.join(parts)}")
     return not left and not refusals.counts and not faults
 
 
 def _add_losses(refusals: RefusedItems, exporter: StepExporter) -> None:
     """Adds what an exporter could not deliver."""
-    why = exporter.last_error or "see the log"
+    why = exporter.sending.last_error or "see the log"
     for reason, count in exporter.dropped.items():
         refusals.add(f"steps lost: {reason}", count, f"{reason}: {why}")
-    if exporter.rejected_points:
-        refusals.add("points refused", exporter.rejected_points, why)
+    if exporter.sending.rejected_points:
+        refusals.add("points refused", exporter.sending.rejected_points, why)
     if exporter.events is not None:
         for reason, count in exporter.events.dropped.items():
             refusals.add(f"events lost: {reason}", count, reason)

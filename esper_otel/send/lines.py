@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from google.protobuf.json_format import ParseDict, ParseError
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
@@ -13,8 +13,12 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.send.notes import Notes, RefusedItems
+from esper_otel.send.plain_file import opened
 
 NOTES = ".sent"
+_MOST_BYTES = 64 * 1024 * 1024
+_MOST_WORDS = 4_000_000  # values, keys and brackets of a line: about 800 MB
+_TOO_LONG = b"too long: "
 # Of no use here, and in OTLP's JSON not in the form that protobuf reads: their ids are hexadecimal.
 _UNREAD = ("exemplars", "traceId", "spanId")
 _KEYS = {"metrics": "resourceMetrics", "logs": "resourceLogs"}
@@ -43,8 +47,8 @@ def signal_of(path: Path) -> Signal:
         ConfigurationError: the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            for content in map(_content_of, file):
+        with opened(path) as file:
+            for content in map(_content_of, _texts_in(file)):
                 if isinstance(content, dict) and content.get(_KEYS["logs"]):
                     return "logs"
                 if isinstance(content, dict) and content.get(_KEYS["metrics"]):
@@ -56,14 +60,25 @@ def signal_of(path: Path) -> Signal:
 
 def lines_of(path: Path, start: int, signal: Signal = "metrics") -> Iterator[RequestLine]:
     """Yields the lines from an offset on. A last line without its end is left out: its writer has not finished it."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         file.seek(start)
-        for text in file:
+        for text in _texts_in(file):
             if not text.endswith(b"\n"):
                 return
-            begin, start = start, start + len(text)
+            begin, start = start, file.tell()
             if text.strip():
                 yield RequestLine(begin, start, _body_of(text, signal))
+
+
+def _texts_in(file: BinaryIO) -> Iterator[bytes]:
+    """Yields the lines of a file. Of one that is longer than any of ours, only a part and its end are there."""
+    while text := file.readline(_MOST_BYTES):
+        part = text
+        while part and not part.endswith(b"\n"):
+            part = file.readline(_MOST_BYTES)
+            if part:
+                text = _TOO_LONG + part[-1:]
+        yield text
 
 
 def has_more(path: Path, start: int) -> bool:
@@ -83,7 +98,9 @@ def _body_of(text: bytes, signal: Signal) -> bytes | None:
 
 
 def _content_of(text: bytes) -> object:
-    """Returns what a line says; None if it is not JSON."""
+    """Returns what a line says; None if it is not JSON, or has more values than any of ours."""
+    if sum(map(text.count, (b"{", b"[", b",", b":"))) > _MOST_WORDS:
+        return None
     try:
         content: object = json.loads(text, object_hook=_readable)
     except (ValueError, RecursionError):

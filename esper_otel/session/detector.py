@@ -11,7 +11,8 @@ from esper_otel.errors import EsperOtelError
 from esper_otel.export.place import attributes_of
 from esper_otel.probes.nvml import gpu_attributes
 from esper_otel.schema.attribute_catalogue import SLURM
-from esper_otel.session.identity import identify, run_id_of_environment
+from esper_otel.session.identity import identify
+from esper_otel.session.launcher import run_id_of_environment
 
 
 class EsperResourceDetector(ResourceDetector):

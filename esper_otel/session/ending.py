@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 from esper_otel import unix
+from esper_otel.frames.frame import FINE
 from esper_otel.session.raised import (
     FunctionExitStatus,
     MainExitStatus,
@@ -349,3 +350,13 @@ def _outermost(frame: FrameType) -> FrameType:
 
 _RETURNS = {opcode.opmap[name] for name in ("RETURN_VALUE", "RETURN_CONST") if name in opcode.opmap}
 _exits = _Exits()
+
+
+def ended_well(outcome: str | None) -> bool:
+    """Whether the last step of a run with this outcome counts as complete."""
+    return outcome is None or outcome in FINE | {"SystemExit"}
+
+
+def has_died() -> bool:
+    """Whether an uncaught exception ended the program. For callbacks at interpreter exit."""
+    return not ended_well(outcome_of_process())

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
-from typing import Any
 
-from esper_otel.errors import ConfigurationError, InvalidName, InvalidValue
+from esper_otel.errors import ConfigurationError
 from esper_otel.frames.frame import Run
-from esper_otel.native import threads
-from esper_otel.session import mpi
-
-_MAX_BYTES = 256
-_MOST_ATTEMPT = 2**63
-_AGREEING_S = 5.0
-_RUN_ID = "%Y%m%d-%H%M%S-"
-_OF_SLURM = ("SLURM_PROCID", "SLURM_NTASKS")
-_HAS_AGENT = "TORCHELASTIC_USE_AGENT_STORE"
-# From here on, Slurm's step ids do not mean numbered steps: a batch script, an interactive shell, a login by ssh.
-_SLURM_NO_STEP = 0xFFFF_FFF0
-# Higher than Unix milliseconds until the year 2109, and with a job number (26 bits) still exact in JavaScript.
-_ABOVE_MS = 2**42
+from esper_otel.session.agreement import Agreement, agreed, agreement_for, now_ms, number_of
+from esper_otel.session.launcher import (
+    RUN_ID,
+    checked_text,
+    given_attempt,
+    launch_number,
+    run_id_of_environment,
+    run_id_of_mpi,
+    variables_of_launcher,
+    whole_number,
+)
 
 
 def identify(
@@ -56,10 +50,10 @@ def identify(
         InvalidName: the run id or the experiment name is not valid.
         ConfigurationError: a variable is not a whole number, or several ranks have no common run id.
     """
-    of_rank, of_world_size = _variables_of_launcher(environ)
+    of_rank, of_world_size = variables_of_launcher(environ)
     given = rank, world_size
-    rank = _whole("rank", rank, environ, ("RANK", of_rank), 0)
-    world_size = _whole("world_size", world_size, environ, ("WORLD_SIZE", of_world_size), 1)
+    rank = whole_number("rank", rank, environ, ("RANK", of_rank), 0)
+    world_size = whole_number("world_size", world_size, environ, ("WORLD_SIZE", of_world_size), 1)
     if not is_told(given, environ):
         rank, world_size = of_group(world_size) or (rank, world_size)
     if not 0 <= rank < max(world_size, 1):
@@ -67,18 +61,18 @@ def identify(
     if run_id is None:
         run_id = run_id_of_environment(environ)
     if run_id is not None:
-        run_id = _text("run_id", run_id)
+        run_id = checked_text("run_id", run_id)
     else:
         run_id = new_run_id() if world_size == 1 else _common_run_id(world_size, environ)
-    attempt = _given_attempt(environ)
+    attempt = given_attempt(environ)
     if attempt is None and world_size > 1:
-        attempt = _launch(environ)
+        attempt = launch_number(environ)
     return Run(
         run_id=run_id,
-        attempt=_now_ms() if attempt is None else attempt,
+        attempt=now_ms() if attempt is None else attempt,
         rank=rank,
         world_size=world_size,
-        experiment="" if experiment is None else _text("experiment", experiment),
+        experiment="" if experiment is None else checked_text("experiment", experiment),
     )
 
 
@@ -91,8 +85,8 @@ def of_group(world_size: int) -> tuple[int, int] | None:
     """Returns rank and size of the default group of ``torch.distributed``; None if it has no more ranks than known.
 
     A script that starts its ranks itself, such as by ``torch.multiprocessing.spawn``, sets no variables, and gives the
-    rank to ``init_process_group``. Slurm knows only the process that the script was at first. A smaller group is of
-    trainings that were launched together, and tells nothing.
+    rank to ``init_process_group``. Slurm knows only the process that the script was at first. A smaller group
+    consists of trainings that were launched together, and does not count.
     """
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     try:
@@ -106,67 +100,7 @@ def of_group(world_size: int) -> tuple[int, int] | None:
 
 def new_run_id() -> str:
     """Generates a run id from the time, which is different for each call."""
-    return time.strftime(_RUN_ID, time.gmtime()) + secrets.token_hex(3)
-
-
-class Agreement:
-    """Lets the ranks of a run agree on one attempt: each proposes the current time, and the first proposal counts.
-
-    The ranks use the store of torchrun's agents or that of ``torch.distributed``. Before ``init_process_group`` there
-    may be no store; then the first step tries again, since by then a data-parallel script has made that call. Without
-    a store, ranks started by ``srun``, or by ``mpirun`` on one host, use a number of the launch that they can all read.
-
-    Where the run id is empty, the ranks agree on it in the same way, and before the attempt.
-
-    Args:
-        run: the run, as identified by one of its several ranks.
-        environ: the launcher's variables.
-    """
-
-    def __init__(self, run: Run, environ: Mapping[str, str] = os.environ) -> None:
-        self._environ = environ
-        self._of_run_id = "" if run.run_id else f"run_id/{_numbers['run_id']}"
-        self._of_run(run.run_id)
-
-    def _of_run(self, run_id: str) -> None:
-        self._number = _number_of(f"attempt/{run_id}") if run_id else 1
-        self._key = f"attempt/{run_id}/{self._number}"
-
-    @property
-    def lacks_run_id(self) -> bool:
-        """Whether the ranks have not agreed on the run id yet."""
-        return bool(self._of_run_id)
-
-    def run_id_by_store(self, mine: str) -> str | None:
-        """Returns the run id that all ranks find in a store: the first proposal. None without a store, as below."""
-        run_id = _agreed(self._of_run_id, mine, self._environ)
-        if run_id is not None:
-            self._of_run_id = ""
-            self._of_run(run_id)
-        return run_id
-
-    @property
-    def lacks_torch(self) -> bool:
-        """Whether torchrun has a store that cannot be reached because the script has not imported torch."""
-        return self._environ.get(_HAS_AGENT) == "True" and "torch" not in sys.modules
-
-    def by_store(self) -> int | None:
-        """Returns the attempt that all ranks find in a store; None without a store, or if it does not answer in 5 s.
-
-        It is the proposed time, unless the number of the launch is higher. Launches of the same job without a store
-        use such numbers, and attempts must keep their order among those.
-        """
-        given = _given_attempt(self._environ)
-        if given is not None:
-            return given
-        mine = max(_now_ms(), self.without_store() or 0)
-        text = _agreed(self._key, str(mine), self._environ)
-        return None if text is None else int(text)
-
-    def without_store(self) -> int | None:
-        """Returns the attempt given by the launcher's variables; None if they hold no number that all ranks share."""
-        launch = _launch(self._environ)
-        return None if launch is None else launch + self._number - 1
+    return time.strftime(RUN_ID, time.gmtime()) + secrets.token_hex(3)
 
 
 def joined(run: Run, rank: int, world_size: int, *, is_named: bool) -> tuple[Run, Agreement | None]:
@@ -180,192 +114,17 @@ def joined(run: Run, rank: int, world_size: int, *, is_named: bool) -> tuple[Run
     """
     run = replace(run, rank=rank, world_size=world_size)
     if not is_named:
-        _number_of("run_id")
+        number_of("run_id")
     return run, agreement_for(run if is_named else replace(run, run_id=""))
-
-
-def agreement_for(run: Run, environ: Mapping[str, str] = os.environ) -> Agreement | None:
-    """Returns how the ranks of the run can agree; None if run id and attempt are already certain."""
-    is_certain = run.world_size == 1 or _given_attempt(environ) is not None
-    return None if is_certain and run.run_id else Agreement(run, environ)
 
 
 def _common_run_id(world_size: int, environ: Mapping[str, str]) -> str:
     """Returns the id that all ranks generate; empty if they can agree on one later."""
-    number = _number_of("run_id")
-    run_id = _agreed(f"run_id/{number}", new_run_id(), environ) or _run_id_of_mpi(number, environ)
+    number = number_of("run_id")
+    run_id = agreed(f"run_id/{number}", new_run_id(), environ) or run_id_of_mpi(number, environ)
     if run_id is None and not (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")):
         raise ConfigurationError(
             f"{world_size} ranks without a common run id: give start(run_id=...) or set ESPER_RUN_ID on every rank, "
             "or call torch.distributed.init_process_group before start()"
         )
     return run_id or ""
-
-
-def run_id_of_environment(environ: Mapping[str, str]) -> str | None:
-    """Returns the run id that the user or the launcher has set; None if there is none."""
-    if environ.get("ESPER_RUN_ID") is not None:
-        return environ["ESPER_RUN_ID"]
-    torchelastic = environ.get("TORCHELASTIC_RUN_ID", "")
-    if torchelastic and torchelastic != "none":
-        return torchelastic
-    return environ.get("SLURM_JOB_ID") or None
-
-
-def _given_attempt(environ: Mapping[str, str]) -> int | None:
-    attempt = _whole("attempt", None, environ, ("ESPER_RUN_ATTEMPT",), -1)
-    if environ.get("ESPER_RUN_ATTEMPT") and not 0 <= attempt < _MOST_ATTEMPT:
-        raise ConfigurationError(f"ESPER_RUN_ATTEMPT={attempt} is not between 0 and 2**63 - 1")
-    return None if attempt < 0 else attempt
-
-
-def _variables_of_launcher(environ: Mapping[str, str]) -> tuple[str, str]:
-    """Returns the names of the variables for rank and world size; empty if no known launcher has set them.
-
-    Where ``mpirun`` starts its own servers by ``srun``, Slurm numbers these and not the ranks.
-    """
-    of_mpi = mpi.variables(environ)
-    if of_mpi is not None:
-        return of_mpi.rank, of_mpi.size
-    return _OF_SLURM if _is_slurm_task(environ) else ("", "")
-
-
-def _launch(environ: Mapping[str, str]) -> int | None:
-    """Returns a number that the ranks of one launch share and that grows with each; None if there is none."""
-    of_mpi = mpi.variables(environ)
-    if of_mpi is None:
-        return _slurm_launch(environ)
-    rank, size = environ[of_mpi.rank], environ[of_mpi.size]
-    if of_mpi.rank == "PMI_RANK" and (rank, size) == tuple(map(environ.get, _OF_SLURM)):
-        return _slurm_launch(environ)  # srun sets the variables of PMI, too
-    if "TORCHELASTIC_RUN_ID" in environ or any(
-        environ.get(name, "") not in {"", value} for name, value in (("RANK", rank), ("WORLD_SIZE", size))
-    ):
-        return None  # something that mpirun started has started several ranks
-    launch = mpi.launch(environ)
-    return None if launch is None else launch.time_ms
-
-
-def _run_id_of_mpi(number: int, environ: Mapping[str, str]) -> str | None:
-    """Returns the id that all ranks generate that ``mpirun`` started on one host; None for others."""
-    launch = mpi.launch(environ) if _launch(environ) else None
-    if launch is None:
-        return None
-    digest = hashlib.sha256(f"{launch.time_ms}-{launch.pid}-{number}".encode()).hexdigest()
-    return time.strftime(_RUN_ID, time.gmtime(launch.time_ms // 1000)) + digest[:6]
-
-
-def _is_slurm_task(environ: Mapping[str, str]) -> bool:
-    """Whether this may be a task of ``srun``. Batch scripts and shells have a task count too, but are not tasks."""
-    return _whole("rank", None, environ, ("SLURM_STEP_ID",), 0) < _SLURM_NO_STEP
-
-
-def _slurm_launch(environ: Mapping[str, str]) -> int | None:
-    """Returns a number that all tasks of one ``srun`` share and that grows with each launch; None for other launchers.
-
-    It is the job's start time, in milliseconds like every attempt, plus one second for each restart and for each
-    earlier step of the job. A requeued job has a new start time. Versions of Slurm that do not report the start time
-    lead to a number made of the job, its restarts and the step, which is higher than any number of milliseconds.
-    """
-    if "SLURM_PROCID" not in environ or "TORCHELASTIC_RUN_ID" in environ:
-        return None
-    job, started_s, restarts, step = (
-        _whole("attempt", None, environ, (variable,), default)
-        for variable, default in (
-            ("SLURM_JOB_ID", -1),
-            ("SLURM_JOB_START_TIME", -1),
-            ("SLURM_RESTART_COUNT", 0),  # not set before the first requeue
-            ("SLURM_STEP_ID", -1),
-        )
-    )
-    if step >= _SLURM_NO_STEP or (step < 0 and environ.get("RANK")):
-        return None  # a batch script or a shell: Slurm does not number the processes that it starts
-    step = max(step, 0)
-    if started_s > 0:
-        return (started_s + restarts + step) * 1000
-    return None if job < 0 else _ABOVE_MS + (job << 27 | min(restarts, 0x7F) << 20 | min(step, 0xFFF) << 8)
-
-
-def _agreed(what: str, mine: str, environ: Mapping[str, str]) -> str | None:
-    """Returns the proposal of the first rank that asked; None without a store, or if it does not answer in time.
-
-    No rank waits for another: the other may never start a session, or may be waiting in a collective for this rank.
-    """
-    distributed = getattr(sys.modules.get("torch"), "distributed", None)
-    if distributed is None or not distributed.is_available():
-        return None
-    answers: list[str] = []
-
-    def ask() -> None:
-        for reach in (_store_of_torchrun, _store_of_group):
-            with suppress(Exception):  # there is no store, or the process that serves it is gone
-                prefix, store = reach(distributed, environ)
-                answers.append(store.compare_set(f"esper_otel/{prefix}{what}", "", mine).decode())
-                return
-
-    with suppress(RuntimeError):  # no thread can be started while the interpreter ends
-        thread = threads().Thread(target=ask, name="esper-otel-agreement", daemon=True)
-        thread.start()
-        thread.join(_AGREEING_S)
-    return answers[0] if answers else None
-
-
-def _store_of_torchrun(distributed: Any, environ: Mapping[str, str]) -> tuple[str, Any]:
-    """Returns the store that torchrun's agents keep for their workers, and a key prefix for this (re)start of them."""
-    if environ[_HAS_AGENT] != "True":
-        raise LookupError("the store is served by rank 0, not by the agent")
-    store = distributed.TCPStore(
-        environ["MASTER_ADDR"],
-        int(environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=_AGREEING_S / 2),
-        wait_for_workers=False,
-    )
-    return f"restart-{environ['TORCHELASTIC_RESTART_COUNT']}/", store
-
-
-def _store_of_group(distributed: Any, _environ: Mapping[str, str]) -> tuple[str, Any]:
-    """Returns the store of the default process group, if ``init_process_group`` has been called."""
-    return "", distributed.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public function
-
-
-def _number_of(what: str) -> int:
-    """Counts the calls for ``what`` in this process. The count is the same on every rank."""
-    number = _numbers[what] = _numbers.get(what, 0) + 1
-    return number
-
-
-_numbers: dict[str, int] = {}
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
-def _whole(name: str, given: int | None, environ: Mapping[str, str], variables: tuple[str, ...], default: int) -> int:
-    if given is not None:
-        if type(given) is not int:
-            raise InvalidValue(name, f"{given!r} is not a whole number")
-        return given
-    for variable in variables:
-        text = environ.get(variable)
-        if text:
-            try:
-                return int(text)
-            except ValueError:
-                raise ConfigurationError(f"{variable}={text!r} is not a whole number") from None
-    return default
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise InvalidValue(name, f"{value!r} is a {type(value).__name__}; give a string")
-    if not value.strip():
-        raise InvalidName(f"{name} is empty: omit it to have one generated, or give a name")
-    if len(value.encode(errors="replace")) > _MAX_BYTES:
-        raise InvalidName(f"{name} {value[:40]!r}... is longer than {_MAX_BYTES} bytes")
-    if any(
-        character < " " or "\x7f" <= character <= "\x9f" or "\ud800" <= character <= "\udfff" for character in value
-    ):
-        raise InvalidName(f"{name} {value[:80]!r} has a control character or a lone surrogate")
-    return value

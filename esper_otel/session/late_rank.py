@@ -8,7 +8,9 @@ from typing import Any
 
 from esper_otel.frames.frame import Run
 from esper_otel.log import Warnings
-from esper_otel.session.identity import Agreement, is_told, joined, of_group, run_id_of_environment
+from esper_otel.session.agreement import Agreement
+from esper_otel.session.identity import is_told, joined, of_group
+from esper_otel.session.launcher import run_id_of_environment
 from esper_otel.settings import EsperSettings
 
 _LATE = (
@@ -25,14 +27,17 @@ class LateRank:
         settings: the settings.
         warnings: where what comes too late is reported.
         has_readers: whether there are readers of a MeterProvider, which have been told who they are of.
+
+    Attributes:
+        has_readers: the same; it may become true later.
     """
 
     def __init__(
-        self, identity: Mapping[str, Any], settings: EsperSettings, warnings: Warnings, *, has_readers: object
+        self, identity: Mapping[str, Any], settings: EsperSettings, warnings: Warnings, *, has_readers: bool
     ) -> None:
         self._is_told = is_told((identity["rank"], identity["world_size"]))
         self._is_named = identity["run_id"] is not None or run_id_of_environment(os.environ) is not None
-        self._has_readers = bool(has_readers)
+        self.has_readers: bool = has_readers
         self._is_for_rank_0 = settings.export_ranks == "rank0"
         self._warnings = warnings
 
@@ -42,7 +47,7 @@ class LateRank:
         if group is None:
             return None
         rank, world_size = group
-        if self._has_readers:
+        if self.has_readers:
             self._warn(rank, world_size, f"the readers of its MeterProvider know it as rank {run.rank} since the start")
         if self._is_for_rank_0 and rank:
             self._warn(rank, world_size, "it sends already, in spite of ESPER_EXPORT_RANKS=rank0")

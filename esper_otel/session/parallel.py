@@ -53,7 +53,7 @@ def place_in_mesh(
 
 
 def _whole(text: str) -> int | str:
-    """Returns the number that a text is; the text if it is none."""
+    """Returns the number that a text states; the text itself if it is not a number."""
     return int(text) if text.strip().isdecimal() else text
 
 

@@ -8,39 +8,33 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from contextlib import ExitStack
 from functools import partial
 from signal import Signals
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry.metrics import MeterProvider
 
 from esper_otel import leyline
-from esper_otel.derive.deriver import Deriver, checked_processors
-from esper_otel.derive.dynamics import Dynamics
+from esper_otel.derive.deriver import Deriver
 from esper_otel.derive.processor import Processor
-from esper_otel.errors import ConfigurationError, EsperOtelError, InvalidCatalogue, InvalidName
+from esper_otel.errors import InvalidCatalogue
 from esper_otel.events.frame_events import EventReader
 from esper_otel.export.device_points import DevicePoint
-from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
-from esper_otel.export.event_exporter import NO_LOGS
+from esper_otel.export.endpoint import Endpoint
 from esper_otel.export.exporter import StepExporter
-from esper_otel.export.file_sender import file_endpoint
 from esper_otel.export.instruments import Instruments, instruments_of
 from esper_otel.export.opening import EventWiring, open_exporter, token_for
 from esper_otel.export.provider import Exporters, OwnProvider, events_exporter, exporters_for
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
-from esper_otel.export.variables import warn as ignored
 from esper_otel.frames.black_box import BlackBox
-from esper_otel.frames.frame import FINE, UNKNOWN_ATTEMPT, Frame, Run
+from esper_otel.frames.frame import Frame, Run
 from esper_otel.frames.ring import Ring
 from esper_otel.leyline.risk import configured
 from esper_otel.log import Warnings, announce
 from esper_otel.native import threads
 from esper_otel.probes import host_and_device_probes
-from esper_otel.probes.probe import Probe
 from esper_otel.probes.sampler import Sampler
 from esper_otel.record.clock import Clock
 from esper_otel.record.device import device_name
@@ -50,18 +44,20 @@ from esper_otel.record.names import Names
 from esper_otel.record.peak import Peak
 from esper_otel.record.phases import process_start_unix_ns
 from esper_otel.record.recorder import Recorder
-from esper_otel.schema import TWINS, Metric
+from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
+from esper_otel.session.counts import SessionCounts
+from esper_otel.session.declared_metrics import declared, instrument_entries
 from esper_otel.session.device_report import DeviceReport
-from esper_otel.session.ending import exit_status, forget, is_interactive, live_sessions, outcome_of_process, watch
+from esper_otel.session.ending import exit_status, forget, is_interactive, watch
+from esper_otel.session.environment import endpoint_for, logs_endpoint_for, settings_with_warnings, spared
 from esper_otel.session.event_notes import EventNotes
-from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
-from esper_otel.session.late_rank import LateRank
 from esper_otel.session.page_hint import LONGEST_WAIT_S, show_the_way, wait_for_page
 from esper_otel.session.parallel import place_in_mesh
+from esper_otel.session.session_run import SessionRun
 from esper_otel.session.spared_telemetry import telemetry_of
 from esper_otel.session.telemetry import Telemetry
-from esper_otel.settings import EsperSettings, settings_of_environment, signal_names, unknown_variables
+from esper_otel.settings import EsperSettings, signal_names
 
 if TYPE_CHECKING:
     import torch
@@ -70,19 +66,8 @@ if TYPE_CHECKING:
 
     from esper_otel.session.show import Figure
 
-_T = TypeVar("_T")
 _READERS_S = 1.0  # for the SDK's readers, however long closing has taken before
 _STALE_AFTER_NS = 300 * 1_000_000_000
-_NO_RUN_ID = (
-    "the %d ranks have no common run id, so each is a run of its own, this one %s: call "
-    "torch.distributed.init_process_group before the first step, give start(run_id=...), or set ESPER_RUN_ID on every "
-    "rank"
-)
-_NO_ATTEMPT = (
-    "the %d ranks of run %s have no means to agree on one attempt, so each uses its own: call "
-    "torch.distributed.init_process_group before the first step, or set ESPER_RUN_ATTEMPT to the same whole number on "
-    "every rank, and to a larger one at each launch"
-)
 
 
 _sessions = itertools.count()
@@ -137,7 +122,7 @@ def start(
             warning: the setting has its default, and without a usable endpoint steps are recorded and not sent.
     """
     session = _Session(
-        settings=_settings_of_environment() if settings is None else settings,
+        settings=settings_with_warnings() if settings is None else settings,
         identity={"run_id": run_id, "experiment": experiment, "rank": rank, "world_size": world_size},
         parallel=parallel,
         device=device,
@@ -149,80 +134,6 @@ def start(
         ui=ui,
     )
     return session.telemetry
-
-
-def check_environment() -> None:
-    """Reads the settings for a session that will be started later, with the warnings and errors of ``start``.
-
-    Opens the live page, too, if the environment asks for it.
-
-    Raises:
-        ConfigurationError: a setting or environment variable is invalid.
-    """
-    settings = _settings_of_environment()
-    endpoint = _spared(settings, lambda: _checked_endpoint(settings), lambda _: None)
-    rank = 0 if os.environ.get("RANK", "0") == "0" else 1
-    show_the_way(endpoint, rank, wants_page=settings.ui, waits=True)
-
-
-def _checked_endpoint(settings: EsperSettings) -> Endpoint | None:
-    configured(settings.risk_thresholds)
-    exporters = exporters_for(has_provider=False, export_steps=None)
-    endpoint = _endpoint(settings, exporters)
-    if endpoint is not None:
-        open_sender(endpoint, settings.token_file).close()
-        _logs_endpoint(settings)
-    return endpoint
-
-
-def _endpoint(settings: EsperSettings, exporters: Exporters) -> Endpoint | None:
-    """Returns where steps are sent, or the directory that they are written to; None if they are not."""
-    if not exporters.steps:
-        return None
-    if settings.export_file is not None:
-        return file_endpoint(settings.export_file)
-    return endpoint_from_environment(protocol=exporters.protocol)
-
-
-def _logs_endpoint(settings: EsperSettings) -> Endpoint | None:
-    """Returns where events are sent, or the directory that they are written to; None if they are not."""
-    exporter = events_exporter()
-    if not exporter.is_on:
-        return None
-    if settings.export_file is not None:
-        return file_endpoint(settings.export_file, "logs")
-    return endpoint_from_environment(protocol=exporter.protocol, signal="logs")
-
-
-def _spared(
-    settings: EsperSettings,
-    work: Callable[[], _T],
-    otherwise: Callable[[EsperOtelError], _T],
-    *,
-    faults: tuple[type[EsperOtelError], ...] = (ConfigurationError,),
-) -> _T:
-    """Returns what the work returns. A setting that it cannot use raises, or with ``on_mistake=warn`` is reported.
-
-    Args:
-        settings: the settings that can be read.
-        work: may raise.
-        otherwise: is called instead, with the error.
-        faults: what a wrong setting raises.
-    """
-    try:
-        return work()
-    except faults as error:
-        if settings.on_mistake == "raise":
-            raise
-        ignored(str(error))
-        return otherwise(error)
-
-
-def _settings_of_environment() -> EsperSettings:
-    """Returns the settings; warns of variables that look like settings and are not."""
-    for message in unknown_variables():
-        ignored(message)
-    return settings_of_environment(ignored)
 
 
 class _Session:
@@ -243,28 +154,32 @@ class _Session:
         ui: bool | None,
     ) -> None:
         self.latency_budget_ms = settings.kernel_latency_budget_ms
-        self.rules = _spared(settings, lambda: configured(settings.risk_thresholds), lambda _: configured({}))
+        self.rules = spared(settings, lambda: configured(settings.risk_thresholds), lambda _: configured({}))
         self._close_timeout_s = settings.close_timeout_s
         self._enriched = settings.tolaria_step_enrichment_enabled
         self._warnings = Warnings()
         self._mistakes = Mistakes() if settings.on_mistake == "warn" else None
-        run, self._agreement = _identified_or_spared(settings, identity)
-        probes = host_and_device_probes(self._device) if self._enriched else []
-        names, processors = _declared(metrics, processors, probes, enriched=self._enriched)
         has_provider = meter_provider is not None
+        self._run = SessionRun(settings, identity, self._warnings, has_readers=has_provider)
+        run = self._run.first
+        probes = host_and_device_probes(self._device) if self._enriched else []
+        names, processors = declared(metrics, processors, probes, enriched=self._enriched)
         exporters, endpoint = self._ways_out(settings, run, has_provider=has_provider, export_steps=export_steps)
         self._resource_of = _resources(settings, parallel)
         self._deriver = Deriver(processors, self._fault)
         self._sampler = Sampler(probes, period_s=settings.probe_period_s)
         self._hardware = self._described(settings, run) if self._enriched else None
         self._publisher = self._opened_publisher(run, names, settings, epochs)
-        self._late_rank = LateRank(identity, settings, self._warnings, has_readers=has_provider or exporters.readers)
-        self._publisher.settle_run = self._settled
+        self._publisher.settle_run = self._run.settled
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder(settings)
+        self._lacks_events = False
         self._events = self._opened_events(settings, endpoint)
-        self._for_alerts = _for_alerts(settings.risk_thresholds, self._resource_of(run).attributes)
+        attributes = self._resource_of(run).attributes
+        self._counts = SessionCounts(
+            self._recorder, self._publisher, self._mistakes, settings, attributes, lambda: self.telemetry.pulled
+        )
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
         # A provider given by the user has its own Resource, so the points themselves must carry the run's attributes.
@@ -272,10 +187,11 @@ class _Session:
             {} if meter_provider is None else {"esper.run.id": run.run_id, "esper.rank": run.rank}
         )
         self._exporter = None if endpoint is None else self._step_exporter(endpoint, settings)
+        self._counts.exporter = self._exporter
         # Opened after everything that may raise, so that a failed start leaves no port open.
-        certain = self._resource_of(self._certain(run))
+        certain = self._resource_of(self._run.certain(run))
         self._provider = OwnProvider(certain, exporters.readers) if meter_provider is None else None
-        self._instruments = self._attached(meter_provider, _instruments_for(names, has_twins=settings.hw_metrics))
+        self._instruments = self._attached(meter_provider, instrument_entries(names, has_twins=settings.hw_metrics))
         self.telemetry = telemetry_of(self._recorder, self)
         self._process_id = os.getpid()
         self._figures: list[Figure] = []
@@ -293,10 +209,10 @@ class _Session:
         def found() -> tuple[Exporters, Endpoint | None]:
             exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)
             if has_provider or exporters.readers:
-                self._check_run_id(run)
-            return exporters, _endpoint(settings, exporters)
+                self._run.note_readers()
+            return exporters, endpoint_for(settings, exporters)
 
-        return _spared(settings, found, lambda error: (Exporters(False, None, (), str(error)), None))
+        return spared(settings, found, lambda error: (Exporters(False, None, (), str(error)), None))
 
     def _opened_publisher(self, run: Run, names: Names, settings: EsperSettings, epochs: int | None) -> FramePublisher:
         return FramePublisher(
@@ -330,26 +246,17 @@ class _Session:
 
     def _opened_events(self, settings: EsperSettings, endpoint: Endpoint | None) -> EventNotes | None:
         """Returns what notes events; None if they are not sent."""
-        if endpoint is None:
-            return None
 
         def opened() -> EventNotes | None:
-            logs = _logs_endpoint(settings)
-            if logs is None:
+            exporter = events_exporter()  # also where nothing is sent, since it reports names that nobody has
+            self._lacks_events = exporter.is_on and endpoint is None
+            logs = None if endpoint is None else logs_endpoint_for(settings, exporter)
+            if logs is None or endpoint is None:
                 return None
             sender = open_sender(logs, token_for(logs, endpoint, settings.token_file))
             return EventNotes(self._recorder, self._mistakes, logs, sender)
 
-        return _spared(settings, opened, lambda _: None)
-
-    def _check_run_id(self, run: Run) -> None:
-        """Raises ConfigurationError if the run id is not known yet, for readers, which get it at the start."""
-        if self._agreement is not None and self._agreement.lacks_run_id:
-            raise ConfigurationError(
-                f"{run.world_size} ranks without a common run id, which readers need from the start: give "
-                "start(run_id=...) or set ESPER_RUN_ID on every rank, or call "
-                "torch.distributed.init_process_group before start()"
-            )
+        return spared(settings, opened, lambda _: None)
 
     def _opened_black_box(self, settings: EsperSettings) -> BlackBox:
         publisher, resource_of = self._publisher, self._resource_of
@@ -388,10 +295,10 @@ class _Session:
     def _step_exporter(self, endpoint: Endpoint, settings: EsperSettings) -> StepExporter | None:
         """Returns the exporter; with ``on_mistake=warn`` without the spool, or None, if it cannot be opened."""
         without = EsperSettings(**{**vars(settings), "spool_dir": None})
-        return _spared(
+        return spared(
             settings,
             lambda: self._opened_exporter(endpoint, settings),
-            lambda _: _spared(settings, lambda: self._opened_exporter(endpoint, without), lambda _: None),
+            lambda _: spared(settings, lambda: self._opened_exporter(endpoint, without), lambda _: None),
         )
 
     def _opened_exporter(self, endpoint: Endpoint, settings: EsperSettings) -> StepExporter:
@@ -412,6 +319,7 @@ class _Session:
             warnings=self._warnings,
             events=None if self._events is None else self._event_wiring(self._events),
             device=self.device_points,
+            is_certain=self._run.is_certain,
         )
         publisher.published = exporter.published()
         return exporter
@@ -433,52 +341,12 @@ class _Session:
         if self.telemetry.has_become_left():  # not from this thread, for which closing waits
             threads().Thread(target=self.telemetry.close, name="esper-otel-close").start()
 
-    def _certain(self, run: Run) -> Run:
-        """Returns the run for a Resource, which cannot change: without the attempt if the ranks have not agreed yet."""
-        return run if self._agreement is None else replace(run, attempt=UNKNOWN_ATTEMPT)
-
-    def _settled(self, run: Run) -> Run:
-        """Returns the run with its rank, and what its ranks agree on. Called at the first step: the last opportunity.
-
-        Nothing that names the run has been sent before.
-        """
-        found = self._late_rank.of(run)
-        if found is None:
-            return self._with_agreed_attempt(run)
-        run, self._agreement = found
-        run = self._with_agreed_attempt(run)
-        announce("rank", f"run {run.run_id}, rank {run.rank} of {run.world_size}, as torch.distributed says")
-        return run
-
-    def _with_agreed_attempt(self, run: Run) -> Run:
-        """Returns the run with what its ranks agree on."""
-        agreement = self._agreement
-        if agreement is None:
-            return run
-        if agreement.lacks_torch:
-            with suppress(ImportError):
-                _gradient_math()  # imports torch, which contains the store's client
-        if agreement.lacks_run_id:
-            run_id = agreement.run_id_by_store(run.run_id)
-            if run_id is None:
-                self._warnings.say("run id", _NO_RUN_ID, run.world_size, run.run_id)
-                return run
-            run = replace(run, run_id=run_id)
-            announce("agreed", f"run {run_id}, rank {run.rank} of {run.world_size}")
-        attempt = agreement.by_store()
-        attempt = agreement.without_store() if attempt is None else attempt
-        if attempt is None:
-            self._warnings.say("attempt", _NO_ATTEMPT, run.world_size, run.run_id)
-            return run
-        return replace(run, attempt=attempt)
-
     def _describe(self, endpoint: Endpoint | None, off: str, unfollowed: Sequence[str]) -> str:
         run = self._publisher.run
-        is_open = self._agreement is not None and self._agreement.lacks_run_id
-        name = "its ranks agree on the run id at the first step" if is_open else f"run {run.run_id}"
+        name = "its ranks agree on the run id at the first step" if self._run.lacks_run_id else f"run {run.run_id}"
         parts = [name, f"rank {run.rank} of {run.world_size}"]
         parts.append(
-            f"steps are not sent ({off})"
+            f"steps are not sent ({off})" + ", so events are not either" * self._lacks_events
             if endpoint is None
             else f"writing every step to files in {endpoint.target}"
             if endpoint.protocol == "file"
@@ -521,72 +389,13 @@ class _Session:
 
     def counts(self) -> Mapping[tuple[str, str], float]:
         """Returns the session metrics by (name, reason)."""
-        if os.getpid() != self._process_id:
-            return {}
-        publisher, exporter = self._publisher, self._exporter
-        publisher.tally.catch_up()
-        counters = publisher.counters
-        counts: dict[tuple[str, str], float] = {
-            ("esper.steps", ""): publisher.ring.last,
-            ("esper.steps.failed", ""): counters.failed,
-            ("esper.values.nonfinite", ""): counters.nonfinite + publisher.tally.nonfinite,
-            ("esper.values.out_of_range", ""): counters.out_of_range + publisher.tally.out_of_range,
-            ("esper.clock.jumps", ""): self._recorder.clock.jumps,
-            ("esper.errors.internal", ""): counters.faults,
-            ("esper.phases.dropped", ""): self._recorder.phases.log.dropped,
-            ("esper.frames.recorded", ""): publisher.ring.last,
-            ("esper.buffer.bytes", ""): publisher.ring.size,
-            ("esper.pull.lag", ""): publisher.ring.last - self.telemetry.pulled,
-        }
-        for name, total_ms in self._recorder.phases.log.totals().items():
-            counts["esper.phase_ms", name] = total_ms
-        if self._mistakes is not None:
-            counts["esper.mistakes", ""] = self._mistakes.count
-        counts.update(self._for_alerts)
-        if exporter is not None:
-            counts["esper.frames.exported", ""] = exporter.exported
-            counts["esper.export.queue", ""] = exporter.waiting
-            counts["esper.frames.recovered", ""] = exporter.recovered
-            counts["esper.export.retries", ""] = exporter.retries
-            counts["esper.points.rejected", ""] = exporter.rejected_points
-            if exporter.outcome is not None:
-                counts["esper.run.ended", exporter.outcome] = 1
-            if exporter.latency_ms is not None:
-                counts["esper.export.latency_ms", ""] = exporter.latency_ms
-            for reason, dropped in exporter.dropped.copy().items():
-                counts["esper.frames.dropped", reason] = dropped
-            if exporter.events is not None:
-                counts["esper.events.sent", ""] = exporter.events.sent
-            for reason, dropped in self._dropped_events().items():
-                counts["esper.events.dropped", reason] = dropped
-            for reason, unix_s in exporter.errors_unix_s.copy().items():
-                counts["esper.export.last_error", reason] = unix_s
-        return counts
+        return {} if os.getpid() != self._process_id else self._counts.by_name()
 
     # -- used by Telemetry -------------------------------------------------------------------------------
 
     def health(self) -> Mapping[str, int | float | str | None]:
         """See ``Telemetry.health``."""
-        publisher, exporter = self._publisher, self._exporter
-        publisher.tally.catch_up()
-        return {
-            "recorded": publisher.ring.last,
-            "exported": 0 if exporter is None else exporter.exported,
-            "dropped": 0 if exporter is None else exporter.dropped.total(),
-            "queue": 0 if exporter is None else exporter.waiting,
-            "kept": 0 if exporter is None else exporter.kept,
-            "buffer_bytes": publisher.ring.size,
-            "retries": 0 if exporter is None else exporter.retries,
-            "latency_ms": None if exporter is None else exporter.latency_ms,
-            "failed": publisher.counters.failed,
-            "nonfinite": publisher.counters.nonfinite + publisher.tally.nonfinite,
-            "out_of_range": publisher.counters.out_of_range + publisher.tally.out_of_range,
-            "faults": publisher.counters.faults,
-            "mistakes": 0 if self._mistakes is None else self._mistakes.count,
-            "events": 0 if exporter is None or exporter.events is None else exporter.events.sent,
-            "events_dropped": sum(self._dropped_events().values()),
-            "last_error": None if exporter is None else exporter.last_error,
-        }
+        return self._counts.health()
 
     def absent(self) -> Mapping[str, str]:
         """See ``Telemetry.absent``."""
@@ -662,11 +471,8 @@ class _Session:
             self._fault(f"ending {what}", error)
 
     def _say_closed(self, outcome: str) -> None:
-        has_lost = self._exporter is not None and bool(
-            self._exporter.dropped.total() or self._dropped_events().keys() - {NO_LOGS}
-        )
-        has_lost = has_lost or (self._mistakes is not None and self._mistakes.count > 0)
-        announce("closed", self._summary(outcome), logging.WARNING if has_lost else logging.INFO)
+        level = logging.WARNING if self._counts.has_lost() else logging.INFO
+        announce("closed", self._counts.summary(outcome), level)
 
     def _stop_readers(self, deadline_s: float, least_s: float) -> None:
         if self._provider is not None:
@@ -677,88 +483,15 @@ class _Session:
             if each is not None:
                 each.stop(max(deadline_s - time.monotonic(), 0.1))
 
-    def _dropped_events(self) -> dict[str, int]:
-        """Returns the number of dropped events by reason."""
-        return {} if self._exporter is None or self._exporter.events is None else self._exporter.events.dropped
-
-    def _summary(self, outcome: str) -> str:
-        health = self.health()
-        summary = f"run {self._publisher.run.run_id} {outcome}, frames recorded {health['recorded']}"
-        if self._exporter is not None:
-            summary += f", exported {health['exported']}, dropped {health['dropped']}"
-            if self._exporter.dropped:
-                reasons_why = ", ".join(f"{reason}: {count}" for reason, count in self._exporter.dropped.items())
-                summary += f" ({reasons_why})"
-            if self._exporter.kept:
-                summary += f", kept for the next start {health['kept']}"
-            if events := self._dropped_events():
-                reasons_why = ", ".join(f"{reason}: {count}" for reason, count in events.items())
-                summary += f", events dropped {sum(events.values())} ({reasons_why})"
-        if health["mistakes"]:
-            summary += f", mistakes left out {health['mistakes']}"
-        return summary
-
-
-def ended_well(outcome: str | None) -> bool:
-    """Whether the last step of a run with this outcome counts as complete."""
-    return outcome is None or outcome in FINE | {"SystemExit"}
-
-
-def has_died() -> bool:
-    """Whether an uncaught exception ended the program. For callbacks at interpreter exit."""
-    return not ended_well(outcome_of_process())
-
-
-def _identified_or_spared(settings: EsperSettings, identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
-    faults = _of_identity(identity)
-    return _spared(settings, lambda: _identified(identity), lambda _: _identified_anyhow(identity), faults=faults)
-
 
 def _resources(settings: EsperSettings, parallel: Mapping[str, int] | DeviceMesh | None) -> Callable[[Run], Resource]:
-    places = _spared(settings, lambda: place_in_mesh(parallel), lambda _: {})
+    places = spared(settings, lambda: place_in_mesh(parallel), lambda _: {})
     changed = settings.changed()
-    return _spared(
+    return spared(
         settings,
         lambda: resources(changed, parallel=places),
         lambda _: resources(changed, {}, places),
     )
-
-
-def _of_identity(identity: Mapping[str, Any]) -> tuple[type[EsperOtelError], ...]:
-    """Returns what a wrong variable raises: an invalid name, too, if none is an argument."""
-    is_of_variable = identity["run_id"] is None and identity["experiment"] is None
-    return (ConfigurationError, InvalidName) if is_of_variable else (ConfigurationError,)
-
-
-def _identified_anyhow(identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
-    """Returns an identity without variables that cannot be used: a run of its own, if need be with a single rank."""
-    environ = {name: text for name, text in os.environ.items() if not name.startswith("ESPER_RUN_")}
-    own = {**identity, "run_id": identity["run_id"] or new_run_id()}
-    for each in (identity, own):
-        with suppress(ConfigurationError):
-            return _identified(each, environ)
-    return _identified({**own, "rank": 0, "world_size": 1}, environ)
-
-
-def _identified(identity: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> tuple[Run, Agreement | None]:
-    """Returns this process's identity and, if the ranks cannot agree on all of it yet, how to agree later."""
-    run = identify(**identity, environ=environ)
-    if is_interactive():
-        _close_earlier(run.rank)
-    agreement = agreement_for(run, environ)
-    if agreement is not None and agreement.lacks_run_id:
-        return replace(run, run_id=new_run_id()), agreement
-    attempt = None if agreement is None else agreement.by_store()
-    return (run, agreement) if attempt is None else (replace(run, attempt=attempt), None)
-
-
-def _close_earlier(rank: int) -> None:
-    """In a notebook, ends the sessions that an earlier run of a cell has left open: nobody would close them."""
-    for session in live_sessions():
-        if isinstance(session, Telemetry) and session.is_of_this_thread() and session.run.rank == rank:
-            run_id = session.run_id
-            session.close(outcome="exit")
-            announce("notebook", f"run {run_id} was still open and is closed now, because a new session starts")
 
 
 def _began_unix_ns() -> int:
@@ -771,39 +504,3 @@ def _began_unix_ns() -> int:
 
 def _gradient_math() -> Any:
     return importlib.import_module("esper_otel.derive.gradients")
-
-
-def _for_alerts(thresholds: Mapping[str, float], attributes: Mapping[str, object]) -> dict[tuple[str, str], float]:
-    """Returns what the rules for Prometheus must know of a run: its own thresholds, and whether it is muted.
-
-    A disabled signal has the threshold 1e308, because not every receiver takes infinity.
-    """
-    own = {("esper.risk.threshold", name): min(value, 1e308) for name, value in thresholds.items()}
-    return own | ({("esper.alerts.muted", ""): 1.0} if attributes.get("esper.alerts") == "off" else {})
-
-
-def _instruments_for(names: Names, *, has_twins: bool) -> list[Metric]:
-    """Returns the metrics to register; a metric of the user's takes precedence over a twin of this name."""
-    twins = [twin.metric for twin in TWINS if has_twins and twin.metric.name not in names.entries]
-    return [*names.entries.values(), *twins]
-
-
-def _declared(
-    metrics: Sequence[Metric], processors: Sequence[Processor], probes: Sequence[Probe], *, enriched: bool
-) -> tuple[Names, tuple[Processor, ...]]:
-    """Returns the session's names and the processors that give at least one recorded metric."""
-    catalogue = Names(enriched=enriched).entries
-    given = [entry for processor in processors for entry in getattr(processor, "gives", ())]
-    measured = [entry for probe in probes for entry in probe.gives]
-    brought = {
-        entry.name: entry for entry in (*given, *measured) if isinstance(entry, Metric) and entry.name not in catalogue
-    }
-    names = Names((*metrics, *(entry for entry in brought.values() if entry not in metrics)), enriched=enriched)
-    taken = {entry if isinstance(entry, str) else entry.name for entry in given}
-    chosen = (Dynamics(without=taken | names.left_out), *processors)
-    checked_processors(chosen, names.entries)
-    return names, tuple(
-        processor
-        for processor in chosen
-        if not names.left_out.issuperset(entry if isinstance(entry, str) else entry.name for entry in processor.gives)
-    )

@@ -22,7 +22,7 @@ import grpc
 import psutil
 
 from attack.otlp import MIB
-from esper_otel.pull.client import method
+from esper_otel.pull.calls import method
 from esper_otel.pull.messages import PullRequest, PullResponse, RunsRequest, RunsResponse
 
 TESTS = Path(__file__).parents[1]
@@ -212,14 +212,20 @@ class Target:
             self.fault(otherwise)
 
     def post(
-        self, body: bytes, *, token: str = "rogue-token", kind: str = _PROTOBUF, **headers: str
+        self,
+        body: bytes,
+        *,
+        token: str = "rogue-token",
+        kind: str = _PROTOBUF,
+        path: str = "/v1/metrics",
+        **headers: str,
     ) -> tuple[int, bytes]:
         """A request over HTTP: status and answer; 0 when there is none in time."""
         given = {"content-type": kind, "authorization": f"Bearer {token}"}
         given |= {name.replace("_", "-"): value for name, value in headers.items()}
         with contextlib.closing(self.gateway.connection(max(self.left_s(), 0.1))) as connection:
             try:
-                connection.request("POST", "/v1/metrics", body, given)
+                connection.request("POST", path, body, given)
                 answer = connection.getresponse()
                 return answer.status, answer.read()
             except (OSError, http.client.HTTPException):
@@ -343,6 +349,7 @@ class Attack:
         after: looks at the gateway that was started again.
         has_tls: whether the gateway speaks TLS.
         has_pull_tokens: whether pullers need a token.
+        is_delay_accepted: whether honest steps may be late meanwhile, as SECURITY.md says.
     """
 
     name: str
@@ -353,3 +360,4 @@ class Attack:
     after: Callable[[Target], None] | None = None
     has_tls: bool = False
     has_pull_tokens: bool = True
+    is_delay_accepted: bool = False

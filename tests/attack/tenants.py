@@ -11,7 +11,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 from attack.otlp import Point, body, many_runs, step
 from attack.target import Attack, Target, bearer
-from esper_otel.pull.client import method
+from esper_otel.pull.calls import method
 
 _STEPS = 2_000  # of the honest run
 

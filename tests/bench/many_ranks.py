@@ -51,7 +51,6 @@ _RANKS_SCRIPT = """
 import sys, time
 try:
     from esper_otel.frames.frame import Frame, Run
-from esper_otel.frames.ring import blocks_of
 except ImportError:
     from esper_otel.frame import Frame, Run
 from esper_otel.gateway.items import Item, Origin

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +47,7 @@ def checked(endpoint: str, *options: str, environ: Mapping[str, str] | None = No
     done = warm.run(
         *("-m", "esper_otel", "check", "--through", "--json", *options),
         env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, **(environ or {})},
-        imported=warm.GATEWAY,
+        imported=warm.PACKAGE,
     )
     assert done.stdout, done.stderr
     return done.returncode, {stage["name"].split()[0]: stage for stage in json.loads(done.stdout)["stages"]}
@@ -171,13 +169,7 @@ def test_the_part_of_the_way_that_is_cut_is_named(stack: Stack) -> None:
 )
 def test_a_mistake_is_said(stack: Stack, options: list[str], message: str) -> None:
     with stack.agent() as agent:
-        done = subprocess.run(
-            [sys.executable, "-m", "esper_otel", "check", "--through", *options],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-            env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{agent.grpc}"},
-        )
+        environ = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{agent.grpc}"}
+        done = warm.run("-m", "esper_otel", "check", "--through", *options, env=environ, imported=warm.PACKAGE)
     assert done.returncode == 2
     assert message in done.stderr

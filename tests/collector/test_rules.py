@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from programs import ROOT, built
+from programs import ROOT, SPARING, built
 
 sys.path.insert(0, str(ROOT / "deploy" / "rendering"))
 
@@ -63,19 +63,19 @@ def cases() -> dict[str, Case]:
         metric = "loss_delta" if rule.metric == LOSS_STEP else BY_KEY[rule.metric].name
         usual = rule.threshold / 2
         beyond = rule.threshold * 1.6 + 0.001  # above three times what is usual for it
-        series = {metric: f"{usual}+0x40 {beyond} {usual}+0x318"}
+        series = {metric: f"{usual}+0x43 {beyond} {usual}+0x315"}
         if alert.pending != "0s":
             series = {metric: f"{usual}+0x20 {2 * usual}+0x340"}
         if rule.and_below is not None:
             series[BY_KEY[rule.and_below[0]].name] = "0.1+0x360"
         fires = {alert.name} | ({"EsperGpuMemoryNearlyFull"} if rule.and_below is not None else set())
-        found[alert.name] = Case(series, "10m30s", fires)
+        found[alert.name] = Case(series, "11m", fires)
     found["EsperRunStuck"] = Case(dict.fromkeys(HEALTHY, "1+0x200") | {"loss": "1+0x200"}, "70m", {"EsperRunStuck"})
     found["EsperRunWithoutSteps"] = Case(
         dict.fromkeys(HEALTHY, "1+0x200") | {"loss": "1+0x200", "esper.frames.recorded": "1+0x360"},
         *("58m", {"EsperRunWithoutSteps"}),
     )
-    found["EsperLossNotFinite"] = Case({"loss": "1+0x40 NaN 1+0x318"}, "10m30s", {"EsperLossNotFinite"})
+    found["EsperLossNotFinite"] = Case({"loss": "1+0x43 NaN 1+0x315"}, "11m", {"EsperLossNotFinite"})
     found["EsperValuesNotFinite"] = Case(  # the backend drops NaN
         {"esper.values.nonfinite": "0+0x40 4+4x320"}, "30m", {"EsperValuesNotFinite"}
     )
@@ -115,11 +115,11 @@ def series_of(
 def run(naming: Naming, folder: Path, tests: list[dict[str, Any]]) -> None:
     """Has promtool judge."""
     rules = ROOT / "deploy" / "prometheus" / naming.folder / "rules" / "esper.yml"
-    content = {"rule_files": [str(rules)], "evaluation_interval": "30s", "tests": tests}
+    content = {"rule_files": [str(rules)], "evaluation_interval": "1m", "tests": tests}
     file = folder / "test.yml"
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
     tool = built("prometheus").with_name("promtool")
-    done = subprocess.run([tool, "test", "rules", file], capture_output=True, text=True, check=False)
+    done = subprocess.run([tool, "test", "rules", file], capture_output=True, text=True, check=False, env=SPARING)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -199,7 +199,7 @@ def test_a_run_has_its_own_thresholds_and_can_be_muted(tmp_path: Path) -> None:
         expecting(Case(slow, "30m", fires), OURS, own("hook_budget", "80")),
         expecting(Case(slow, "30m", {*fires, "EsperStepLatencyHigh"}), OURS, own("step_latency_high", "150")),
         expecting(Case(muted, "30m", set()), OURS),
-        expecting(Case(muted | {"loss": "1+0x40 NaN 1+0x318"}, "10m30s", set()), OURS),
+        expecting(Case(muted | {"loss": "1+0x43 NaN 1+0x315"}, "11m", set()), OURS),
     ]
     run(OURS, tmp_path, tests)
 
@@ -254,13 +254,16 @@ SERIES_OF_PIPELINE = {
 }
 
 
+OF_EVENTS = 'otelcol_exporter_send_failed_log_records_total{exporter="kafka/esper_events"}'
+
+
 def test_each_alert_of_the_pipeline_fires(tmp_path: Path) -> None:
     """And is silent while its counter stands still."""
     assert set(SERIES_OF_PIPELINE) == {alert.name for alert in PIPELINE}
     capacity = {"series": 'otelcol_exporter_queue_capacity{exporter="otlp_grpc/tier"}', "values": "1000+0x360"}
     still = [{"series": series, "values": "0+0x360"} for series in SERIES_OF_PIPELINE.values()]
     tests = [expecting(Case({}, "30m", set()), OURS, [*still, capacity])]
-    for name, series in SERIES_OF_PIPELINE.items():
+    for name, series in [*SERIES_OF_PIPELINE.items(), ("EsperCollectorDropping", OF_EVENTS)]:
         rising = {"series": series, "values": "0+500x360"}
         tests.append(expecting(Case({}, "30m", {name}), OURS, [rising, capacity]))
     run(OURS, tmp_path, tests)

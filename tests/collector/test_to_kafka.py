@@ -12,6 +12,7 @@ from tiers import Puller, Ranks, RunningTierProcess, Tier, broker
 
 import esper_otel
 from esper_otel import EsperSettings
+from esper_otel.schema.events import RUN_ENDED, RUN_STARTED
 
 __all__ = ["broker"]
 pytestmark = pytest.mark.collector
@@ -26,6 +27,7 @@ def test_steps_reach_pullers_through_the_collector(
     collector = Collector(tmp_path, *configs, ESPER_KAFKA=broker, ESPER_KAFKA_TOPICS=tier.prefix)
     with collector, tier.member("one"), tier.server() as server:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{collector.grpc}")
+        monkeypatch.setenv("OTEL_LOGS_EXPORTER", "otlp")
         for rank in range(3):
             fast = EsperSettings(export_every_s=0.05)
             with esper_otel.start(run_id="through", rank=rank, world_size=3, settings=fast) as telemetry:
@@ -36,6 +38,8 @@ def test_steps_reach_pullers_through_the_collector(
         puller.pull(90)
         assert puller.losses == {rank: [rank * 1e6 + step for step in range(1, 31)] for rank in range(3)}
         until("the end", lambda: _ended(server.grpc) == "completed")
+        wanted = {(rank, name) for rank in range(3) for name in (RUN_STARTED, RUN_ENDED)}
+        until("the events", lambda: _events(server.grpc) >= wanted)
         _check_too_large(tier, collector, server)
     places: dict[int, set[tuple[bytes, int]]] = {}
     for record in tier.records("otlp"):
@@ -50,6 +54,14 @@ def test_steps_reach_pullers_through_the_collector(
 def _ended(address: str) -> str | None:
     with esper_otel.TamiyoClient(address) as client:
         return client.ended("through")
+
+
+def _events(address: str) -> set[tuple[int, str]]:
+    """Rank and name of each event."""
+    with esper_otel.TamiyoClient(address) as client:
+        page = client.events("through")
+    assert page.gap == 0
+    return {(event.rank, event.name) for event in page}
 
 
 def _check_too_large(tier: Tier, collector: Collector, server: RunningTierProcess) -> None:

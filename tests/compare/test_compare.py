@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from gateways import RunningGateway
+from pyarrow import parquet
 
 import esper_otel
 from esper_otel.cli import main
+from esper_otel.compare import readings
+from esper_otel.report.table import KEYS
 from esper_otel.settings import EsperSettings
 
 STEPS = 120
@@ -99,3 +103,24 @@ def test_a_metric_that_one_run_lacks_is_named(capsys: pytest.CaptureFixture[str]
     assert main(["compare", "steps:after", "few.csv", "--fail-if", "step_latency_ms.p50 > 1.05x"]) == 2
     assert "few.csv has no value of 'step_latency_ms' in 200 steps" in capsys.readouterr().err
     assert main(["compare", "steps:after", "few.csv", "--fail-if", "step_latency_ms.p50 > 100"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "text in a column", "a list in a column"])
+def test_tables_of_others_are_bounded_and_end_in_words(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Parquet file of a few kilobytes can say a number a billion times."""
+    monkeypatch.setattr(readings, "_MOST_NUMBERS", 50_000)
+    path = tmp_path / ("t.csv" if kind == "csv" else "t.parquet")
+    count = 10 if "column" in kind else 100_000
+    columns = {name: pa.array([0] * count) for name in KEYS if name != "seed_id"}
+    columns["seed_id"] = pa.array([""] * count)
+    values = {"text in a column": ["x"] * count, "a list in a column": [[1.0, 2.0]] * count}.get(kind, [1.0] * count)
+    table = pa.table({**{name: columns[name] for name in KEYS}, "loss": pa.array(values)})
+    if kind == "csv":
+        path.write_text(f"{','.join(KEYS)},loss\n" + f"{','.join('' for _ in KEYS)},1\n" * count)
+    else:
+        parquet.write_table(table, path)
+    assert main(["compare", str(path), "t.csv"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be read" in said if "column" in kind else "more than 50000 numbers" in said

@@ -13,6 +13,8 @@ from esper_otel.compare.condition import Condition, Verdict
 from esper_otel.compare.statistic import Statistic, Values, change
 from esper_otel.errors import ConfigurationError
 
+pytestmark = pytest.mark.own_code
+
 PAIRS = 100
 STEPS = 600
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import requests
+import warm
 from later import needs
 from programs import until
 
@@ -218,23 +219,21 @@ def test_the_arguments_are_known_without_torch() -> None:
 
 def test_the_live_page_shows_the_run_until_ctrl_c() -> None:
     """Every step is there, when the training is over and while the page stays."""
-    command = [sys.executable, "-m", "esper_otel", "demo", "--ui", "--steps", "30"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            said = iter(process.stderr.readline, "")
-            page = next(line for line in said if line.startswith("the live page stays")).split()[-1]
+    process = warm.started("-m", "esper_otel", "demo", "--ui", "--steps", "30")
+    try:
+        said = iter(process.stderr.readline, "")
+        page = next(line for line in said if line.startswith("the live page stays")).split()[-1]
 
-            def run() -> tuple[int, int, str]:
-                [shown] = json.loads(requests.get(f"{page}page/runs", timeout=300).text)["runs"]
-                return shown["steps_stored"], shown["last_step"], shown["state"]
+        def run() -> tuple[int, int, str]:
+            [shown] = json.loads(requests.get(f"{page}page/runs", timeout=300).text)["runs"]
+            return shown["steps_stored"], shown["last_step"], shown["state"]
 
-            until("the table, which is made anew now and then, shows the end", lambda: run() == (30, 30, "completed"))
-            assert "<title>" in requests.get(page, timeout=300).text
-            process.send_signal(signal.SIGINT)
-            out, _ = process.communicate(timeout=300)
-        finally:
-            process.kill()
+        until("the table, which is made anew now and then, shows the end", lambda: run() == (30, 30, "completed"))
+        assert "<title>" in requests.get(page, timeout=300).text
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate()
+    finally:
+        process.kill()
     assert process.returncode == 0
     assert page in out
     with pytest.raises(requests.ConnectionError):

@@ -217,7 +217,7 @@ def test_the_rate_is_the_share_of_pairs_with_a_negative_product(given: list[list
         assert rate_by_matrices(sources) == expected
 
 
-@examples(20)
+@examples(10)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(2, 5))
 def test_blocks_add_up_to_the_whole(seed: int, elements: int, count: int) -> None:
     """Wherever the block boundaries fall."""
@@ -239,7 +239,7 @@ def strided(array: Any, how: str) -> Any:
     return tensor
 
 
-@examples(50)
+@examples(25)
 @given(
     st.lists(
         st.tuples(

@@ -188,7 +188,17 @@ def test_what_a_line_of_a_file_has_is_checked() -> None:
     event = read(frames_of([{"loss": 1.0}], first_step=7))[0]
     good = json.loads(line_of(event))
     assert checked_event(good).step == 7
-    for place, wrong in ((0, "1"), (0, -1), (2, 3), (6, "7"), (8, []), (8, {"a": [1]}), (9, None)):
+    for place, wrong in (
+        (0, "1"),
+        (0, -1),
+        (2, 3),
+        (6, "7"),
+        (8, []),
+        (8, {"a": [1]}),
+        (8, {"a": 2**63}),
+        (6, -1),
+        (9, None),
+    ):
         with pytest.raises(ValueError, match="not an event"):
             checked_event([*good[:place], wrong, *good[place + 1 :]])
     with pytest.raises(ValueError, match="not an event"):

@@ -12,6 +12,8 @@ from endpoints import PROTOCOLS, E, at, grpc_server, sent, to, unused_address
 from esper_otel.export.transport import Result
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.own_code
+
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_port_where_nothing_listens_is_named(protocol: str) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import warm
 from frame_examples import make_frame, records_of
 
 import esper_otel
@@ -21,6 +20,8 @@ from esper_otel.frames.records import RecordWriter
 from esper_otel.log import Warnings
 from esper_otel.schema import METRICS
 from esper_otel.testing import MemoryCollector
+
+pytestmark = pytest.mark.own_code
 
 NAME = "00000000000000000007-1-0123abcd"
 STEPS = 3
@@ -193,13 +194,12 @@ for _ in range(int(sys.argv[2])):
 
 def test_ranks_that_start_at_the_same_moment_do_not_disturb_each_other(tmp_path: Path) -> None:
     """Each makes its folder while the others look for what was left. No exception, no warning, no trace."""
-    arguments = [sys.executable, "-c", RANK, str(tmp_path), "300"]
-    pipe = subprocess.PIPE
-    ranks = [subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(4)]
+    command = ("-c", RANK, tmp_path, "300")
+    ranks = [warm.started(*command, imported=warm.PACKAGE, takes_input=True) for _ in range(4)]
     for rank in ranks:
         assert rank.stdin is not None
         rank.stdin.write("\n")
         rank.stdin.flush()
-    ended = [(rank.communicate(timeout=300)[1], rank.returncode) for rank in ranks]
+    ended = [(rank.communicate()[1], rank.returncode) for rank in ranks]
     assert ended == [("", 0)] * 4
     assert list(tmp_path.iterdir()) == []

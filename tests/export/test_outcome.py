@@ -12,6 +12,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from esper_otel.export.transport import Outcome, Result
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.own_code
+
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_points_that_were_not_taken_are_told(protocol: str) -> None:

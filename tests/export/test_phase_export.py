@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from itertools import pairwise
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
 import esper_otel
@@ -23,6 +22,8 @@ from esper_otel.export.phase_points import in_one_request
 from esper_otel.frames.phase_log import Phase, checked_phase
 from esper_otel.testing import MemoryCollector
 from esper_otel.testing.received import Point, points_of
+
+pytestmark = pytest.mark.own_code
 
 
 def phase_points(collector: MemoryCollector) -> list[Point]:
@@ -132,7 +133,7 @@ def test_a_kill_loses_no_phase_that_had_ended(is_away: bool, tmp_path: Path, mon
         waits = "False" if is_away else "telemetry.health()['queue'] or telemetry._recorder.phases.log.count"
         program = KILLED.replace("WAITS()", waits)
         there = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"} if is_away else {}
-        killed = subprocess.run([sys.executable, "-c", program], check=False, env={**os.environ, **there}, timeout=300)
+        killed = warm.run("-c", program, env={**os.environ, **there}, imported=warm.PACKAGE)
         assert killed.returncode == -signal.SIGKILL
         assert numbers(collector, "killed") == ([] if is_away else [1, 2, 3, 4])
         with esper_otel.start(run_id="next") as telemetry:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import warm
 
 from esper_otel.export.place import container_id, place
 from esper_otel.schema.attribute_catalogue import ATTRIBUTES, Carrier
@@ -44,7 +43,7 @@ def test_the_resource_says_where_the_process_runs() -> None:
     """What the launcher and the manifests set arrives; what the user names takes precedence."""
     with MemoryCollector() as collector:
         environ = {**os.environ, **LAUNCHED, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.grpc_endpoint}
-        subprocess.run([sys.executable, "-c", SCRIPT], env=environ, check=True, timeout=120)
+        assert warm.run("-c", SCRIPT, env=environ, imported=warm.PACKAGE).returncode == 0
         found = attributes_received(collector)
     expected = {
         "slurm.job.id": "4711",

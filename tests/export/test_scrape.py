@@ -6,8 +6,6 @@ import os
 import random
 import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import requests
+import warm
 from patience import patience
 from programs import until
 from prometheus_client import CollectorRegistry, Counter, start_http_server
@@ -98,20 +97,18 @@ with esper_otel.start() as telemetry:
 
 def test_all_ranks_of_a_host_train_and_are_scraped(port: int) -> None:
     """They start at the same moment with the same settings."""
-    pipe, processes = subprocess.PIPE, []
+    processes = []
     try:
         for rank in range(3):
             environ = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "3", "ESPER_RUN_ID": "job"}
-            command = [sys.executable, "-c", RANK]
-            processes.append(subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
-        assert [each.stdout.readline() for each in processes if each.stdout] == ["ready\n"] * 3
+            processes.append(warm.started("-c", RANK, env=environ, imported=warm.PACKAGE, takes_input=True))
+        assert [each.stdout.readline() for each in processes] == ["ready\n"] * 3
         ranks = {scraped(port + offset)["target_info"][0][0]["esper_rank"] for offset in range(3)}
         assert ranks == {"0", "1", "2"}
-        said = [each.communicate("\n", timeout=300)[1] for each in processes]
+        said = [each.communicate("\n")[1] for each in processes]
     finally:
         for each in processes:
             each.kill()
-            each.wait()
     assert [each.returncode for each in processes] == [0, 0, 0]
     assert sum("address already in use" in text for text in said) == 2
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from frame_examples import append, make_frame
 
 from esper_otel.errors import ConfigurationError
@@ -19,6 +18,8 @@ from esper_otel.export.spool import Spool
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.schema import METRICS
+
+pytestmark = pytest.mark.own_code
 
 SMALL = 20_000
 CATALOGUE = {metric.name: metric for metric in METRICS}
@@ -144,12 +145,11 @@ sys.stdin.read()
 def test_only_folders_whose_sessions_are_over_are_taken(tmp_path: Path, ring: Ring, spool: Spool) -> None:
     """Neither another session of this process, nor one of another process that lives."""
     assert list(abandoned(tmp_path, Warnings())) == []
-    arguments = [sys.executable, "-c", OTHER, str(tmp_path)]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        name = other.stdout.readline().strip()
-        assert list(abandoned(tmp_path, Warnings())) == []
-        other.kill()
+    other = warm.started("-c", OTHER, tmp_path, imported=warm.PACKAGE, takes_input=True)
+    name = other.stdout.readline().strip()
+    assert list(abandoned(tmp_path, Warnings())) == []
+    other.kill()
+    other.communicate()
     [folder] = abandoned(tmp_path, Warnings())
     assert folder.path.name == name
     assert list(abandoned(tmp_path, Warnings())) == []

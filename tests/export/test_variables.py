@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import warm
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 
 import esper_otel
+from esper_otel.check.one_frame import run_check
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.provider import OwnProvider, exporters_from_environment
 from esper_otel.export.resource import resource_for
 from esper_otel.frames.frame import Run
+from esper_otel.session.environment import check_environment
 from esper_otel.testing import MemoryCollector
 
 EXPORTER, E, M = "OTEL_METRICS_EXPORTER", "OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_OTLP_METRICS_"
@@ -240,12 +241,10 @@ def test_what_steps_need_to_arrive_is_refused(
         esper_otel.start()
 
 
-def followed(tmp_path: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def followed(tmp_path: Path, environ: dict[str, str]) -> warm.Done:
     (tmp_path / "train.py").write_text("print('trained')", encoding="utf-8")
-    command = [sys.executable, "-m", "esper_otel", "run", "train.py"]
-    return subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, **environ}, capture_output=True, text=True, check=False, timeout=300
-    )
+    command = ("-m", "esper_otel", "run", "train.py")
+    return warm.run(*command, cwd=tmp_path, env={**os.environ, **environ}, imported=warm.PACKAGE)
 
 
 def test_run_warns_as_start_does_and_goes_on(tmp_path: Path) -> None:
@@ -255,6 +254,38 @@ def test_run_warns_as_start_does_and_goes_on(tmp_path: Path) -> None:
     first, second, *_ = done.stderr.splitlines()  # then that nothing listens
     assert first.startswith("esper_otel setting ignored: OTEL_EXPORTER_OTLP_PROTOCOL='thrift'")
     assert second.startswith("esper_otel setting ignored: OTEL_EXPORTER_OTLP_TIMEOUT='0'")
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {INTERVAL: "-1"},
+        {EXPORTER: "console", INTERVAL: "x", TIMEOUT: "0"},
+        {EXPORTER: "otlp,console", INTERVAL: "nan"},
+        {EXPORTER: "prometheus", "OTEL_EXPORTER_PROMETHEUS_PORT": "70000"},
+        {EXPORTER: "none,otlp", "OTEL_LOGS_EXPORTER": "oltp"},
+        {EXPORTER: "none", "OTEL_LOGS_EXPORTER": "oltp"},
+        {"OTEL_SDK_DISABLED": "1"},
+    ],
+    ids=str,
+)
+def test_run_and_check_say_all_that_start_says(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also of numbers that are needed only once a session is there."""
+    for name, text in environ.items():
+        monkeypatch.setenv(name, text)
+
+    def ignored() -> set[str]:
+        said = {each for record in caplog.records if "setting ignored" in (each := record.getMessage())}
+        caplog.clear()
+        return said
+
+    esper_otel.start(run_id="run").close(timeout_s=0.0)
+    by_start = ignored()
+    check_environment()
+    assert ignored() == by_start != set()
+    assert run_check(environ=environ).stages[0].ok is False
 
 
 def test_run_refuses_what_start_refuses(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,28 @@ def test_changed_files_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     assert rules.read_text(encoding="utf-8") == "changed\n"
     assert main(["files", str(tmp_path), "--force"]) == 0
     assert "EsperHookBudget" in alerts(rules)
+
+
+def test_nothing_is_written_where_a_link_leads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not even with --force: neither behind a folder that is a link, nor in the place of the record."""
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for each in (folder, elsewhere):
+        each.mkdir()
+    (folder / "grafana").symlink_to(elsewhere)
+    os.mkfifo(folder / "collector-config")
+    assert main(["files", str(folder)]) == 2
+    (folder / "collector-config").unlink()
+    assert main(["files", str(folder), "--force"]) == 1
+    assert "because a folder on its way is a link: grafana/" in capsys.readouterr().out
+    assert not [*elsewhere.iterdir()]
+    record = folder / ".esper-otel-files"
+    record.unlink()
+    record.symlink_to(elsewhere / "new")
+    assert main(["files", str(folder), "--force"]) == 2
+    assert "is a link" in capsys.readouterr().err
+    assert not [*elsewhere.iterdir()]
+    (tmp_path / "link").symlink_to(elsewhere)  # the folder itself is the user's choice
+    assert main(["files", str(tmp_path / "link")]) == 0
 
 
 @pytest.mark.parametrize(

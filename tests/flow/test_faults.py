@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
     ExportMetricsServiceResponse,
@@ -151,7 +150,7 @@ def left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps of a trainer that nothing took and that was killed."""
     monkeypatch.setenv("ESPER_SPOOL_DIR", str(folder))
     environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
-    subprocess.run([sys.executable, "-c", TRAINER], timeout=300, check=False, env=environment)
+    warm.run("-c", TRAINER, env=environment, imported=warm.PACKAGE)
     assert list(folder.iterdir())
 
 
@@ -278,9 +277,8 @@ def test_ctrl_c_while_the_session_closes_loses_no_step_and_no_end(
     monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
     with MemoryCollector(hang=True) as hanging:
         environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": hanging.grpc_endpoint}
-        command = [sys.executable, "-c", INTERRUPTED]
-        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=300, check=True, env=environment)
-    assert done.stdout.split() == [b"True", b"12", b"0"]
+        done = warm.run("-c", INTERRUPTED, env=environment, imported=warm.PACKAGE)
+    assert (done.stdout, done.returncode) == ("True 12 0\n", 0), done.stderr
     with MemoryCollector() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
         esper_otel.start(run_id="next").close()

@@ -167,13 +167,17 @@ def run(collector: MemoryCollector, protocol: str, script: str, method: str, bef
     path = Path(os.environ["PYTEST_TMP"], "trainer.py")
     script = script.replace("METHOD", json.dumps(method)).replace("MOST_S", str(patience(1.0)))
     path.write_text(before + TRAINER + script, encoding="utf-8")
-    done = (by or by_python)(path, {**os.environ, **environment})
+    done = (by or with_us)(path, {**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
 def by_python(path: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, path], env=environ, capture_output=True, text=True, timeout=300, check=False)
+
+
+def with_us(path: Path, environ: dict[str, str]) -> warm.Done:
+    return warm.run(path, env=environ, imported=warm.PACKAGE)
 
 
 def with_torch(path: Path, environ: dict[str, str]) -> warm.Done:
@@ -256,6 +260,6 @@ def test_a_child_in_which_grpc_cannot_work_is_told_so(
     """
     monkeypatch.setenv("GRPC_ENABLE_FORK_SUPPORT", "0")
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    said = run(collector, "grpc", script, "fork")
+    said = run(collector, "grpc", script, "fork", by=by_python)
     assert "its parent sent over gRPC with GRPC_ENABLE_FORK_SUPPORT off" in said
     assert losses(collector) == [0.0]

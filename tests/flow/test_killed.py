@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from frame_examples import sealed, taken_apart
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
@@ -57,13 +57,9 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def trained(run_id: str, steps: int, then: str, **environment: str) -> dict[int, Mapping[str, float]]:
     """What a trainer recorded in another process: by time, the values that were put."""
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINER, run_id, str(steps), then],
-        stdout=subprocess.PIPE,
-        timeout=300,
-        check=False,
-        env={**os.environ, **environment},
-    )
+    command = ("-c", TRAINER, run_id, str(steps), then)
+    done = warm.run(*command, env={**os.environ, **environment}, imported=warm.PACKAGE)
+    sys.stderr.write(done.stderr)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == steps
     return {
@@ -125,6 +121,36 @@ def test_a_killed_trainers_steps_are_sent_by_the_next_start(nowhere: Path, colle
     assert pid != os.getpid()
 
 
+def test_what_a_rank_left_goes_before_its_own_new_steps(
+    nowhere: Path, collector: MemoryCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of a host share a spool. If the first that is started again sent what all have left, that would reach a
+    backend after what the others record meanwhile, and one that keeps series in order would refuse it. What nobody's
+    rank has left is sent after a while.
+    """
+    ranks = {"WORLD_SIZE": "3", "ESPER_RUN_ATTEMPT": "1"}
+    for rank in range(3):
+        trained("job", 5, KILL, RANK=str(rank), **ranks)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.http_endpoint)
+    monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "0.05")
+
+    def sent(attempt: str) -> list[int]:
+        found = {
+            point.resource["esper.rank"]: None
+            for point in collector.points()
+            if point.name == "loss" and str(point.resource["esper.run.attempt"]) == attempt
+        }
+        return list(found)
+
+    for rank in (1, 0):
+        esper_otel.start(run_id="job", rank=rank, world_size=3).close()
+        assert sent("1") == ([1] if rank else [1, 0])
+    monkeypatch.setattr("esper_otel.export.exporter._OTHERS_AFTER_S", 0.1)
+    with esper_otel.start(run_id="job", rank=0, world_size=3):
+        assert collector.wait_for(lambda _: sent("1") == [1, 0, 2], 60)
+    assert list(nowhere.iterdir()) == []
+
+
 def test_the_series_of_a_killed_run_end(nowhere: Path, collector: MemoryCollector) -> None:
     """Dashboards must not show a dead run for another five minutes; a seed that was back at once goes on till then."""
     recorded = trained("killed", 10, KILL)
@@ -184,13 +210,13 @@ def test_a_session_that_lives_keeps_its_spool(nowhere: Path, collector: MemoryCo
     """Two trainers share a directory, one of them in this very process."""
     alive = esper_otel.start(run_id="alive")
     alive.record_step({"loss": 1.0}, epoch=0)
-    arguments = [sys.executable, "-c", TRAINER, "beside", "1", "sys.stdin.read()"]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as beside:
-        assert beside.stdout is not None
-        beside.stdout.readline()
-        sent_by_next_start(collector)
-        assert {p.resource["esper.run.id"] for p in collector.points()} == {"next"}
-        beside.kill()
+    waits = ("-c", TRAINER, "beside", "1", "sys.stdin.read()")
+    beside = warm.started(*waits, imported=warm.PACKAGE, takes_input=True)
+    beside.stdout.readline()
+    sent_by_next_start(collector)
+    assert {p.resource["esper.run.id"] for p in collector.points()} == {"next"}
+    beside.kill()
+    beside.communicate()
     alive.close(timeout_s=0.1)
     sent_by_next_start(collector)
     assert {p.resource["esper.run.id"] for p in collector.points()} == {"next", "alive", "beside"}

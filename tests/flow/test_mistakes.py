@@ -13,6 +13,8 @@ import esper_otel
 from esper_otel import EsperSettings, MistakeError, Step, Telemetry
 from esper_otel.frames.frame import is_absent
 
+pytestmark = pytest.mark.own_code
+
 Mistake = Callable[[Any, Any], object]
 IN_A_STEP: dict[str, Mistake] = {
     "an unknown metric": lambda _, now: now.put(acuracy=0.5),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
 import pytest
+import warm
 from patience import patience
 
 import esper_otel
@@ -232,7 +231,8 @@ def test_otel_metrics_exporter_means_what_it_means_everywhere(
         "    telemetry.record_step({'loss': 0.123456}, epoch=0)\n"
         "    assert len(telemetry.pull()) == 1\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
+    done = warm.run("-c", script, imported=warm.PACKAGE)
+    assert done.returncode == 0, done.stderr
     is_ignored = value in ("nonsense", "none,otlp")
     assert collector.frames_received == is_ignored
     assert (f"setting ignored: OTEL_METRICS_EXPORTER={value!r}" in done.stderr) == is_ignored

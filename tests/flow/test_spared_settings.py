@@ -10,6 +10,8 @@ import pytest
 import esper_otel
 from esper_otel import EsperSettings, MistakeError
 
+pytestmark = pytest.mark.own_code
+
 E = "OTEL_EXPORTER_OTLP_"
 # A wrong setting, and a word of the warning about it.
 WRONG = [

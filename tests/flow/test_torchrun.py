@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import warm
 from gateways import RunningGateway
 from patience import patience
 from programs import until
@@ -73,7 +72,7 @@ dist.destroy_process_group()
 def test_each_rank_is_there_and_the_one_that_waits_for_data_is_named(tmp_path: Path) -> None:
     """DDP: one run, one attempt, the norm of averaged gradients. FSDP2: the norm of the whole; rank 0 sends alone."""
     (tmp_path / "train.py").write_text(TRAIN, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "job-7"]
     with RunningGateway() as gateway:
         environ = {
@@ -81,10 +80,9 @@ def test_each_rank_is_there_and_the_one_that_waits_for_data_is_named(tmp_path: P
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{gateway.grpc}",
             "ESPER_EXPORT_EVERY_S": "0.05",
             "OMP_NUM_THREADS": "1",
+            "PYTHON_EXEC": str(warm.executable(tmp_path)),
         }
-        done = subprocess.run(
-            [*command, tmp_path / "train.py"], capture_output=True, text=True, check=False, env=environ, timeout=300
-        )
+        done = warm.run(*command, tmp_path / "train.py", env=environ)
         assert done.returncode == 0, done.stderr[-3000:]
         said = [json.loads(line.partition("said ")[2]) for line in done.stdout.splitlines() if "said " in line]
         names = ["job-7", "sharded"] if hasattr(import_module("torch.distributed.fsdp"), "fully_shard") else ["job-7"]

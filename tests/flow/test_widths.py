@@ -177,7 +177,7 @@ NARROW_STEP = Plan((Call({"a": {"stage": 3.0, "alpha": 0.5}}, False),))
 WIDE_STEP = Plan((Call({"a": {"stage": 3.0, "alpha": 0.5, "learning_rate": 0.25}}, False),))
 
 
-@examples(25)
+@examples(12)
 @example([NARROW_STEP] * 3 + [NARROW_STEP._replace(is_sent_alone=True)] + [WIDE_STEP] * 3)
 @example([WIDE_STEP, NARROW_STEP._replace(is_sent_alone=True, retired=("a",)), NARROW_STEP, WIDE_STEP])
 @example([NARROW_STEP, Plan(WIDE_STEP.calls[:1], True), NARROW_STEP])

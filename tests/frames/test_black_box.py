@@ -9,8 +9,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pandas as pd
 import pytest
+import warm
 from gateways import RunningGateway
 from hypothesis import given
 from programs import until
@@ -101,7 +100,7 @@ def test_an_exception_and_sigterm_are_written_and_a_good_end_is_not(
         "for step in range(300): telemetry.record_step({'loss': 1.0}, epoch=0)\n"
         + ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)\n" if ends == "kill" else f"{ends}\n")
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = warm.run("-c", script, imported=warm.PACKAGE)
     assert done.returncode == {"KeyError": 1, "SIGTERM": -signal.SIGTERM, None: 0}[reason]
     if reason is None:
         assert not folder.exists()

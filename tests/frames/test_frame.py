@@ -88,7 +88,7 @@ def lived(history: Sequence[Frame]) -> list[object]:
     return said
 
 
-@examples(40)
+@examples(20)
 @given(histories(), st.data())
 def test_every_reader_of_tables_says_the_same_of_wide_ones(history: list[Frame], data: st.DataObject) -> None:
     """A step in which one seed has a further field makes the tables of all seeds wide, and nothing else different."""

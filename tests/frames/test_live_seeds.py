@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from operator import itemgetter
 from typing import Literal
 
 import numpy as np
@@ -11,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import plain, rows, table, tables
 
+from esper_otel.frames.frame import NARROW
 from esper_otel.frames.live_seeds import LiveSeeds
-from esper_otel.schema import SEED_FIELDS, Stage
+from esper_otel.schema import SEED_CELLS, SEED_FIELDS, Stage
 
 
 @given(st.lists(tables, max_size=8))
@@ -35,9 +38,72 @@ def test_live_seeds_keep_the_last_known_cell_of_each(steps: list[dict[str, dict[
         assert set(step.recorded.ids) == {seed_id for seed_id, cells in said.items() if cells}
 
 
+_Rows = dict[str, dict[str, float]]
+
 _MOVED = st.one_of(  # None: not said any more
     st.floats(0, 1), st.sampled_from([None, 0.0, -0.0, 1.5, -1.0, 2.0, 4.0, 5.0, math.nan, math.inf, -math.inf])
 )
+_BOUNDS = {
+    metric.field: (
+        -math.inf if metric.unit in ("dot", "1") else 0.0,
+        1.0 if metric.unit in ("ratio", "flag") else math.inf,
+    )
+    for metric in SEED_CELLS
+}
+
+
+class Closely:
+    """What steps mean, cell by cell."""
+
+    def __init__(self, resumed: dict[str, float]) -> None:
+        self.live: _Rows = {}
+        self.resumed = resumed
+
+    def commit(self, seeds: _Rows) -> tuple[_Rows, float | None, int, set[str]]:
+        """Returns recorded cells, new violations, how many cells are not finite, and fields with one out of range."""
+        recorded: _Rows = {}
+        violations, nonfinite, outside = None, 0, set()
+        for seed_id, row in seeds.items():
+            cells, before = row, self.live.get(seed_id, {})
+            if seed_id not in self.live and seed_id in self.resumed:
+                before = {"isolation_violations": self.resumed[seed_id]}
+            merged = before | cells
+            if merged.get("stage") != Stage.BLENDING:
+                merged, cells = ({f: c for f, c in each.items() if f != "alpha_steps"} for each in (merged, cells))
+            if not cells:
+                continue
+            recorded[seed_id], self.live[seed_id] = cells, merged
+            nonfinite += sum(not math.isfinite(cell) for cell in cells.values())
+            outside |= {field for field, cell in cells.items() if cell < _BOUNDS[field][0] or cell > _BOUNDS[field][1]}
+            if "isolation_violations" in cells:
+                now, then = cells["isolation_violations"], before.get("isolation_violations", 0.0)
+                then = then if math.isfinite(then) else 0.0
+                violations = (violations or 0.0) + (
+                    0.0 if not math.isfinite(now) else now - then if now >= then else now
+                )
+        return recorded, violations, nonfinite, outside
+
+    def retire(self, seed_ids: Iterable[str]) -> None:
+        for seed_id in seed_ids:
+            if self.live.pop(seed_id, None) is not None:
+                self.resumed.pop(seed_id, None)
+
+
+def check(
+    live: LiveSeeds, closely: Closely, seeds: _Rows, order: Literal["C", "F"], *, is_looked_at: bool = False
+) -> None:
+    """Both say the same of a step; ``is_looked_at``: the table was looked at before the step ended."""
+    given_table = table(seeds)._replace(cells=np.array(table(seeds).cells, order=order))
+    if is_looked_at:
+        live.is_good(given_table)
+    step = live.step(given_table)
+    live.commit(step)
+    recorded, violations, nonfinite, outside = closely.commit(seeds)
+    assert plain(step.recorded) == plain(table(recorded))
+    assert plain(live.table) == plain(table(closely.live))
+    assert [*live.table.ids] == [*closely.live] == [*live.ids]
+    assert (step.violations, step.nonfinite, {*step.out_of_range}) == (violations, nonfinite, outside)
+    assert (step.recorded.cells is step.live.cells) <= (plain(step.recorded) == plain(step.live))
 
 
 @given(
@@ -46,6 +112,7 @@ _MOVED = st.one_of(  # None: not said any more
     st.sampled_from([*Stage]),
     st.sampled_from("CF"),
     st.lists(st.sampled_from(["", "b", "c", "bc"]), min_size=1, max_size=3),
+    st.booleans(),
 )
 def test_steps_that_only_move_numbers_mean_what_they_mean_when_looked_at_closely(
     row: dict[str, float],
@@ -53,9 +120,10 @@ def test_steps_that_only_move_numbers_mean_what_they_mean_when_looked_at_closely
     stage: Stage,
     order: Literal["C", "F"],
     silent: list[str],
+    is_looked_at: bool,
 ) -> None:
     """The short cut for such steps must be one only in time, also if other seeds are silent in every step."""
-    live, closely = LiveSeeds(), LiveSeeds()
+    live, closely = LiveSeeds(), Closely({})
     row = {**row, "stage": float(stage)}
     before, after = [("alpha", number / 8) for number in range(7)], [("alpha", number / 8) for number in range(5)]
     for number, (field, value) in enumerate([*before, *changes, *after]):
@@ -63,43 +131,56 @@ def test_steps_that_only_move_numbers_mean_what_they_mean_when_looked_at_closely
             row = {name: cell for name, cell in row.items() if name != field}
         elif field != "stage":
             row = {**row, field: value}
-        seeds = {"b": {"alpha": 0.5, "isolation_dot": -1.0}, "a": row, "c": {"stage": 2.0}}
+        seeds: _Rows = {"b": {"alpha": 0.5, "isolation_dot": -1.0}, "a": row, "c": {"stage": 2.0}}
         if live.table.ids:
             seeds = {seed_id: cells for seed_id, cells in seeds.items() if seed_id not in silent[number % len(silent)]}
-        given_table = table(seeds)._replace(cells=np.array(table(seeds).cells, order=order))
-        quick, slow = live.step(given_table), closely._step(table(seeds))
-        settled = live.settled(given_table)
-        if settled is None:
-            live.commit(quick)
-        else:
-            assert plain(settled) == plain(quick.recorded)
-            assert live.settled_violations == quick.violations
-        closely.commit(slow)
-        assert plain(quick.recorded) == plain(slow.recorded)
-        assert plain(live.table) == plain(closely.table)
-        assert (quick.violations, quick.nonfinite, quick.out_of_range) == (
-            slow.violations,
-            slow.nonfinite,
-            slow.out_of_range,
-        )
+        check(live, closely, seeds, order, is_looked_at=is_looked_at)
 
 
-def test_seeds_that_are_silent_in_turns_are_looked_at_once() -> None:
-    """And again when a stage changes or a seed is new, since a count may then be new, too."""
+_FULL = dict.fromkeys(SEED_FIELDS[:NARROW], 0.5) | {"stage": 4.0}
+_CHANGED_ROWS = st.one_of(
+    st.just(_FULL), st.fixed_dictionaries({"stage": st.sampled_from([2.0, 4.0]), "isolation_violations": _MOVED}), rows
+)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.tuples(st.sampled_from("abcdefg"), _CHANGED_ROWS), max_size=5, unique_by=itemgetter(0)),
+            st.lists(st.sampled_from("abcdefg"), max_size=3, unique=True),
+            st.sampled_from("CF"),
+            st.booleans(),
+        ),
+        max_size=8,
+    ),
+    st.dictionaries(st.sampled_from("abcdefg"), st.sampled_from([0.0, 1.0, 4.0]), max_size=3),
+)
+def test_seeds_that_come_and_go_in_every_step_mean_what_they_mean_when_looked_at_closely(
+    steps: list[tuple[list[tuple[str, dict[str, float | None]]], list[str], Literal["C", "F"], bool]],
+    resumed: dict[str, float],
+) -> None:
+    """Births at the end and elsewhere, deaths, silence and ids that live again: each has a way of its own."""
+    live, closely = LiveSeeds(), Closely(resumed.copy())
+    live.resume_violations(resumed)
+    for said, retired, order, is_looked_at in steps:
+        ended = live.retire(retired)
+        assert {*ended} == {*retired} & {*closely.live}
+        closely.retire(retired)
+        seeds = {seed_id: {f: c for f, c in row.items() if c is not None} for seed_id, row in said}
+        check(live, closely, seeds, order, is_looked_at=is_looked_at)
+
+
+def test_steps_that_are_undone_leave_nothing_behind() -> None:
+    """Ctrl-C undoes a step, and ``now.state()`` commits none."""
     live = LiveSeeds()
-    cells = {"stage": 4.0, "alpha": 0.5, "isolation_violations": 1.0}
-
-    def is_settled(seed_ids: str, **others: float) -> bool:
-        step = live.step(table(dict.fromkeys(seed_ids, cells | others)))
-        live.commit(step)
-        return step.is_settled
-
-    turns = ["abc", "ab", "bc"]
-    assert [is_settled(seed_ids) for seed_ids in turns * 3] == [False] * 3 + [True] * 6
-    assert not is_settled("ab", stage=7.0)
-    assert [is_settled(seed_ids) for seed_ids in turns * 2] == [False] * 3 + [True] * 3
-    assert not is_settled("abcd")
-    assert [is_settled(seed_ids) for seed_ids in turns * 2] == [False] * 3 + [True] * 3
+    live.commit(live.step(table({"a": _FULL, "b": _FULL})))
+    state, before = live.state, plain(live.table)
+    live.retire(["a"])
+    live.commit(live.step(table({"b": _FULL | {"stage": 2.0}, "c": _FULL})))
+    live.state = state
+    assert plain(live.table) == before
+    step = live.step(table({"a": _FULL, "b": _FULL | {"isolation_violations": 2.0}}))
+    assert (step.violations, step.live.ids) == (1.5, ("a", "b"))
 
 
 @pytest.mark.parametrize("silent", ["", "b"])
@@ -112,7 +193,6 @@ def test_what_is_not_said_again_stays_known_in_every_like_step(silent: str) -> N
         said = {seed_id: {"stage": 4.0, "alpha": number / 8} for seed_id in whole if seed_id not in silent}
         step = live.step(table(said))
         live.commit(step)
-        assert step.is_settled == (number > 0)
         assert plain(step.recorded) == plain(table(said))
         assert plain(live.table) == plain(table({seed_id: whole[seed_id] | said.get(seed_id, {}) for seed_id in whole}))
 

@@ -48,7 +48,7 @@ def read(content: bytes, stored: StoredContext | None = None) -> list[object]:
     return [said for chunk in chunks_in(content, stored or StoredContext()) for said in rows_in(chunk)]
 
 
-@examples(40)
+@examples(20)
 @given(histories() | lives())
 def test_steps_come_back_bit_for_bit(frames: list[Frame]) -> None:
     """NaN, infinities, absent cells, and a device that becomes known on the way."""
@@ -107,7 +107,7 @@ def test_a_file_cut_exactly_before_its_first_step_is_torn() -> None:
     assert (len(stored.resources), stored.is_torn) == (1, True)
 
 
-@examples(100)
+@examples(50)
 @given(histories(max_size=4), st.data())
 def test_a_damaged_file_gives_only_what_was_written(frames: list[Frame], data: st.DataObject) -> None:
     """A wrong number is worse than none; steps whose names or seeds were lost are lost, not renamed."""
@@ -194,7 +194,7 @@ def bits(frame: Frame) -> object:
     return (*frame[:5], frame.names, numbers, values, tables, frame.retired)
 
 
-@examples(40)
+@examples(20)
 @given(st.lists(frames(), max_size=3) | lives(max_size=6), st.data())
 def test_a_block_gives_back_each_frame_bit_for_bit(some: list[Frame], data: st.DataObject) -> None:
     """Whatever its number: of a sender that does not number its steps, of a revision, at any time."""
@@ -234,7 +234,7 @@ def test_live_seeds_are_written_once_while_they_stay_the_same() -> None:
     assert second.live.ids == many.ids
 
 
-@examples(60)
+@examples(30)
 @given(st.lists(frames(), min_size=1, max_size=2), st.data())
 def test_a_block_that_was_changed_is_damaged_or_the_same(some: list[Frame], data: st.DataObject) -> None:
     """Cut short, a bit flipped, bytes left out or added: never another number."""

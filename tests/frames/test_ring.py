@@ -18,6 +18,7 @@ from interrupts import interrupted
 
 from esper_otel.frames import block as block_module
 from esper_otel.frames import ring as ring_module
+from esper_otel.frames import row_memory
 from esper_otel.frames.frame import NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import Layout
 from esper_otel.frames.live_seeds import LiveSeeds
@@ -269,8 +270,65 @@ def test_an_append_that_is_interrupted_anywhere_adds_its_row_or_nothing(number: 
     assert at > 200
 
 
-def test_its_size_is_the_memory_that_it_holds() -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=60),
+    st.lists(st.integers(1, 30), min_size=1, max_size=4),
+)
+def test_recorded_values_in_bulk_are_those_of_the_rows(steps: list[tuple[int, int]], limits: list[int]) -> None:
+    """Rows that are alike are read in another way than rows that differ."""
+    ring = Ring(2**16)
+    layouts = [
+        LOSS,
+        Layout(("loss_ewma",), ("esper.validation.loss",), ("gpu_mem_used_gb",), ("loss", "accuracy")),
+        Layout(("loss_ewma",), (), (), ()),
+    ]
+    tables = [NO_SEEDS, SeedTable(("a",), np.full((1, 10), 7.0)), SeedTable(("a", "b"), np.full((2, 10), 8.0))]
+    for number, (of_layout, of_seeds) in enumerate(steps, 1):
+        layout = layouts[of_layout]
+        numbers = tuple(number + place / 8 for place in range(layout.width))
+        ring.append(RUN, number, 0, number, layout, numbers, tables[of_seeds])
+    found, cursor = list[tuple[tuple[str, ...], tuple[float, ...]]](), 0
+    for limit in limits * len(steps):
+        last, values = ring.recorded(cursor, limit)
+        for names, of_names in values:
+            found += [(names, tuple(of_row)) for of_row in of_names.T.tolist()]
+        cursor = max(cursor, last)
+    frames, _ = ring.after(0, len(steps))
+    assert sorted(found) == sorted((frame.names, frame.numbers) for frame in frames if frame.names)
+
+
+@pytest.mark.parametrize("kind", ["C", "F"])
+def test_memory_is_used_again_but_not_while_a_reader_has_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory costs more than what is written to it; a frame that somebody keeps must stay as it is."""
+    taken, new = list[int](), row_memory._memory
+
+    def counted(size: int, *, is_used: bool = True) -> object:
+        taken.append(size)
+        return new(size, is_used=is_used)
+
+    monkeypatch.setattr(row_memory, "_memory", counted)
+    ring, kept = Ring(2**24), list[tuple[Frame, bytes]]()
+    ids = tuple(f"s{row}" for row in range(50))
+    for number in range(1, 8_001):
+        cells = np.full((50, 10), float(number)) if kind == "C" else np.full((10, 50), float(number)).T
+        seeds = SeedTable(ids, cells)
+        ring.append(RUN, number, 0, number, LOSS, (float(number),), seeds, seeds)
+        if number % 200 == 1:
+            frame = ring.row(number, seeds)
+            assert frame is not None
+            kept = [*kept[-30:], (frame, frame.seeds.cells.tobytes())]
+    assert ring.first > 3_000
+    for frame, before in kept:
+        assert frame.seeds.cells.tobytes() == before
+        assert frame.numbers == (float(frame.global_step),)
+    frames, _ = ring.after(ring.first - 1, 8_000)
+    assert [frame.seeds.cells[0, 0] for frame in frames] == [float(frame.sequence) for frame in frames]
+    assert len(taken) < 2 * (256 + 60)  # of 533 chunks, two for each
+
+
+def test_its_size_is_the_memory_that_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within 10 %: steps of 1, 16 and 40 values, with seeds, and with other names in each step."""
+    monkeypatch.setattr(row_memory, "_LEAST_BYTES", 2**28)  # tracemalloc does not see pages of their own
     made = make_frame(seeds=seed_table({f"s{i}": {"alpha": 0.5, "stage": 3.0} for i in range(8)}))
     ten = [Layout((), (), (), (*map(str, range(20)), f"own{i}")) for i in range(10)]
 

@@ -16,6 +16,8 @@ from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.messages import PullRequest
 
+pytestmark = pytest.mark.own_code
+
 Pages = list[tuple[int, list[int]]]
 
 

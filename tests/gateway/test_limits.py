@@ -15,9 +15,11 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from wire import bodies, body_of
 
 from esper_otel.errors import ConfigurationError
-from esper_otel.gateway.command import limit_names, limits_of
 from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.options import limit_names, limits_of
 from esper_otel.gateway.receive.request import OF_REASONS, REASONS
+
+pytestmark = pytest.mark.own_code
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "limits.md"
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +59,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
 def replaying(stored: Stored, *options: str) -> Iterator[str]:
     """The address of a replay."""
     command = ["-m", "esper_otel", "replay", str(stored.folder), "stored", "--json", "--grpc", "127.0.0.1:0"]
-    process = warm.started(*command, *options, imported=warm.GATEWAY)
+    process = warm.started(*command, *options, imported=warm.PACKAGE)
     line = process.stdout.readline()
     if not line:
         raise AssertionError(process.communicate(timeout=TIMEOUT_S)[1])
@@ -200,13 +198,7 @@ def test_nothing_can_be_sent_to_a_replay(stored: Stored) -> None:
 )
 def test_a_mistake_is_said(stored: Stored, arguments: list[str], message: str) -> None:
     command = [each.format(folder=stored.folder) for each in arguments]
-    done = subprocess.run(
-        [sys.executable, "-m", "esper_otel", "replay", *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=TIMEOUT_S,
-    )
+    done = warm.run("-m", "esper_otel", "replay", *command, imported=warm.PACKAGE)
     assert done.returncode == 2
     assert message in done.stderr
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from esper_otel.gateway.hours.answer import hours_message
 from esper_otel.gateway.hours.file import AttemptRank
+from esper_otel.gateway.turns import finished
 from esper_otel.hours.account import Account, PhaseTimes, StepTimes
 from esper_otel.hours.bar import Bar, PhaseInfo, RunHours, bar_of_rank, bar_of_run
 from esper_otel.hours.output import bar_lines
@@ -20,6 +21,8 @@ from esper_otel.hours.whole import account_of as account_said
 from esper_otel.hours.whole import account_text, joined_account
 from esper_otel.pull.messages import HoursResponse
 from esper_otel.pull.views import merged_hours, run_hours
+
+pytestmark = pytest.mark.own_code
 
 _MS = 1_000_000
 START_UNIX_NS = 1_800_000_000 * 10**9
@@ -205,6 +208,20 @@ def test_a_run_is_the_mean_of_its_ranks() -> None:
     assert bar_of_run([]).parts == bar_of_rank([Account()]).parts == {}
 
 
+def test_very_many_names_of_phases_become_one_part() -> None:
+    """A page has a line for each part, and anybody may send phases."""
+    start = StepTimes(1, START_UNIX_NS, 0.0, 1_000.0, 0.0)
+    phases = [PhaseTimes(f"p{n}", START_UNIX_NS + 10**9, float(n), 0.0, 1.0, 1.0, n, None) for n in range(1, 201)]
+    bar = bar_of_rank([account_of([start], phases)])
+    assert len(bar.parts) == 96 + 1
+    assert {"p200", "p105", "other"} <= bar.parts.keys()
+    assert sum(bar.parts.values()) == pytest.approx(bar.wall_ms)
+    account = account_of([start], [phase._replace(name=f"p{n}") for n, phase in enumerate(2 * phases)])
+    told = account_said(account_text(account))
+    assert len(told.phases) == 256 + 1
+    assert sum(total for total, _ in told.phases.values()) == sum(total for total, _ in account.phases.values())
+
+
 def test_the_text_has_each_part_with_its_share() -> None:
     bar = bar_of_rank([account_of([StepTimes(1, START_UNIX_NS, 250.0, 3_750.0, 0.0)])])
     assert [line.split() for line in bar_lines(bar)] == [
@@ -275,7 +292,7 @@ def test_of_several_gateways_each_rank_has_all_of_its_attempts() -> None:
             for attempt, steps in attempts.items()
         }
         bar = bar_of_rank([*known.values()])
-        return hours_message(RunHours(bar, {rank: bar}, phases), {} if is_old else known)
+        return finished(hours_message(RunHours(bar, {rank: bar}, phases), {} if is_old else known))
 
     one, other = (PhaseInfo("checkpoint", 0, 1, 0, end, 1.0, end, None) for end in (5, 7))
     first, second, mate = answer(0, {1: 3}, one), answer(0, {2: 9}, other, one), answer(1, {1: 5}, is_old=True)

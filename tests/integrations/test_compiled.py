@@ -61,7 +61,7 @@ def test_graphs_and_their_breaks_are_those_of_the_script(tmp_path: Path) -> None
     script.write_text(SCRIPT, encoding="utf-8")
     environment = {**os.environ, "OTEL_METRICS_EXPORTER": "none", "ESPER_BLACK_BOX_FRAMES": "0"}
     commands = ([script], [script, "watch"], ["-m", "esper_otel", "run", "--log", log, script])
-    processes = [warm.started(*command, env=environment) for command in commands]
+    processes = [warm.started(*command, env=environment, imported=warm.FRAMEWORKS) for command in commands]
     done = [process.communicate() for process in processes]
     without, watched, run = (output for output, _ in done)
     assert len(json.loads(without)) == 2, done[0][1]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from gateways import RunningGateway
 from later import Later, needs
 from programs import until
@@ -128,14 +128,8 @@ def test_several_ranks_are_one_run(tmp_path: Path) -> None:
         environ = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{gateway.grpc}", "OMP_NUM_THREADS": "1"}
         environ["PYTHONPATH"] = os.pathsep.join(sys.path)
         del environ["OTEL_METRICS_EXPORTER"]
-        done = subprocess.run(
-            [sys.executable, tmp_path / "train.py"],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environ,
-            timeout=300,
-        )
+        environ["PYTHON_EXEC"] = str(warm.executable(tmp_path, warm.FRAMEWORKS))
+        done = warm.run(tmp_path / "train.py", env=environ, imported=warm.FRAMEWORKS)
         assert done.returncode == 0, done.stderr[-3000:]
         with TamiyoClient(gateway.grpc) as client:
             until("both have ended", lambda: [run.ended for run in client.runs()] == ["completed"] * 2)

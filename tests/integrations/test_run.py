@@ -103,7 +103,7 @@ def check(collector: MemoryCollector, steps: int, failed: int, outcome: str) -> 
 
 def test_output_traceback_and_exit_status_of_one_that_fails_are_the_same(script: Path) -> None:
     with MemoryCollector() as collector:
-        without = run_by_python(collector, script, "fail", PYTHONPATH="/nowhere")
+        without = run(collector, script, "fail", PYTHONPATH="/nowhere")
         ours = run_by_python(collector, *FOLLOWED, script, "fail", PYTHONPATH="/nowhere")
         assert (ours.stdout, ours.stderr, ours.returncode) == (without.stdout, without.stderr, 1)
         check(collector, steps=6, failed=1, outcome="KeyError")

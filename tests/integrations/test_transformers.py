@@ -157,7 +157,8 @@ def test_several_ranks_are_one_run_and_the_curve_is_the_same(tmp_path: Path) -> 
         environ["PYTHONPATH"] = os.pathsep.join(sys.path)
         del environ["OTEL_METRICS_EXPORTER"]
         script = tmp_path / "train.py"
-        ranks = [warm.started(script, env={**environ, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+        numbered = [{**environ, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+        ranks = [warm.started(script, env=each, imported=warm.FRAMEWORKS) for each in numbered]
         done = [(*rank.communicate(), rank.returncode) for rank in ranks]
         assert [status for *_, status in done] == [0, 0], [errors[-3000:] for _, errors, _ in done]
         losses, norms = json.loads(

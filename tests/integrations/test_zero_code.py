@@ -96,10 +96,11 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_script_is_recorded_and_its_output_is_its_own(script: Path) -> None:
+def test_a_script_is_recorded_and_its_output_is_its_own(script: Path, tmp_path: Path) -> None:
     """The script that it starts is not recorded as a second attempt of the run."""
+    python = warm.executable(tmp_path)
     with MemoryCollector() as collector:
-        done = run(collector, *instrument(sys.executable, script, "child"))
+        done = run(collector, *instrument(python, script, "child"), PYTHON_EXEC=str(python))
         assert (done.stdout.count("\n"), done.stderr, done.returncode) == (8, "", 0)
         assert steps(collector) == [1, 2, 3, 4]
         assert {point.resource["esper.run.id"] for point in collector.points()} == {"untouched"}
@@ -117,7 +118,7 @@ def test_a_script_is_recorded_and_its_output_is_its_own(script: Path) -> None:
 def test_it_can_be_disabled_as_every_instrumentation(more: dict[str, str], follows: bool) -> None:
     code = "from esper_otel.integrations import script; print(bool(script._following))"
     with MemoryCollector() as collector:
-        done = run(collector, *instrument(sys.executable, "-c", code), **more)
+        done = warm.run("-c", code, env=environ(collector, PYTHONPATH=injected(), **more), imported=warm.PACKAGE)
     assert done.stdout == f"{follows}\n", done.stderr
 
 
@@ -140,10 +141,11 @@ def test_a_wrong_setting_is_a_warning_and_the_script_goes_on(script: Path) -> No
 
 
 @pytest.mark.lengthy
-def test_every_worker_of_torchrun_is_a_rank(script: Path) -> None:
+def test_every_worker_of_torchrun_is_a_rank(script: Path, tmp_path: Path) -> None:
+    python = warm.executable(tmp_path)
+    torchrun: list[str | Path] = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with MemoryCollector() as collector:
-        torchrun = Path(sys.executable).with_name("torchrun")
-        done = run(collector, *instrument(torchrun, "--standalone", "--nproc-per-node", "2", script))
+        done = run(collector, *instrument(*torchrun, script), PYTHON_EXEC=str(python))
         assert done.returncode == 0, done.stderr
         assert steps(collector, 0) == steps(collector, 1) == [1, 2, 3, 4]
         assert {point.resource["esper.world_size"] for point in collector.points()} == {2}
@@ -154,7 +156,8 @@ def test_a_script_of_lightning_is_recorded(tmp_path: Path) -> None:
     pytest.importorskip("lightning")
     (tmp_path / "train.py").write_text(LIGHTNING, encoding="utf-8")
     with MemoryCollector() as collector:
-        done = run(collector, *instrument(sys.executable, tmp_path / "train.py"))
+        python = warm.executable(tmp_path, warm.FRAMEWORKS)
+        done = run(collector, *instrument(python, tmp_path / "train.py"))
         assert done.returncode == 0, done.stderr
         assert steps(collector) == [1, 2, 3, 4]
 

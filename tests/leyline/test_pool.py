@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
+from grpc_tools import protoc  # type: ignore[import-untyped]
 
 from esper_otel import leyline
 
 pytestmark = pytest.mark.own_code
 
+INCLUDED = Path(protoc.__file__).parent / "_proto"
+STRICT = "import warnings\nwarnings.simplefilter('error')\n"
 PROTO = (Path(leyline.__file__).parent / "leyline.proto").read_text()
 
 ROUND_TRIP = """
@@ -69,27 +73,24 @@ def generated(folder: Path, proto: str, path: str = "esper_leyline.proto") -> No
     """
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     (folder / path).write_text(proto)
-    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{folder}", f"--python_out={folder}"]
-    subprocess.run([*command, path], check=True, capture_output=True, timeout=300)
+    assert protoc.main(["protoc", f"-I{folder}", f"-I{INCLUDED}", f"--python_out={folder}", path]) == 0
     module = path.removesuffix(".proto").replace("/", ".") + "_pb2"
     if module != "esper_leyline_pb2":
         (folder / "esper_leyline_pb2.py").write_text(f"from {module} import *\n")
 
 
 def run(folder: Path, program: str) -> str:
-    """Runs a program in a fresh interpreter, warnings as errors; its failure is the test's. What it logged."""
-    program = f"import sys; sys.path.insert(0, {str(folder)!r})\n{program}"
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        # Without probes, since a busy machine makes signals, and with them one more packet.
-        env={**os.environ, "OTEL_METRICS_EXPORTER": "none", "ESPER_TOLARIA_STEP_ENRICHMENT_ENABLED": "false"},
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stderr
+    """Runs a program that imports us anew, warnings as errors; its failure is the test's. What it logged."""
+    done = warm.run("-c", STRICT + program, env=environ(folder), imported=warm.PACKAGE)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def environ(folder: Path) -> dict[str, str]:
+    """The folder comes first. Without probes, since a busy machine makes signals, and with them one more packet."""
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    sends = {"OTEL_METRICS_EXPORTER": "none", "ESPER_TOLARIA_STEP_ENRICHMENT_ENABLED": "false"}
+    return {**os.environ, **sends, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 IMPORTS = {
@@ -293,9 +294,7 @@ assert pickle.loads(pickle.dumps(packet)) == packet
 
 def test_the_messages_need_no_opentelemetry_sdk_torch_or_grpc(esper: Path) -> None:
     """A host that only reads packets installs protobuf and nothing heavy is loaded."""
-    run(
-        esper,
-        """
+    program = """
 import sys
 from esper_otel import leyline
 leyline.packets, leyline.state, leyline.Page
@@ -310,5 +309,6 @@ except AttributeError as error:
     assert "nothing" in str(error)
 else:
     raise SystemExit("no AttributeError")
-""",
-    )
+"""
+    command = [sys.executable, "-W", "error", "-c", program]
+    subprocess.run(command, check=True, timeout=300, env=environ(esper))

@@ -8,8 +8,6 @@ import hmac
 import math
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
+import warm
 from frame_examples import RUN, TIME_UNIX_NS, make_frame
 from gateways import RunningGateway
 from patience import patience
@@ -397,12 +396,6 @@ def test_a_redis_that_is_not_there_harms_neither_training_nor_gateway(tmp_path: 
         pytest.raises(ConfigurationError, match="redis://"),
     ):
         oona.publish(telemetry, "http://127.0.0.1")
-    done = subprocess.run(
-        [sys.executable, "-m", "esper_otel", "gateway", "--oona", "nonsense"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
+    done = warm.run("-m", "esper_otel", "gateway", "--oona", "nonsense", cwd=tmp_path, imported=warm.PACKAGE)
     assert done.returncode == 2
     assert "redis://" in done.stderr

@@ -271,7 +271,7 @@ def test_a_token_that_others_can_read_on_the_way_is_told_once(
     target: str, is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both clients; sent all the same: inside a cluster plain text is common."""
-    monkeypatch.setattr("esper_otel.pull.client._WARNINGS", Warnings())
+    monkeypatch.setattr("esper_otel.pull.gateway_address._WARNINGS", Warnings())
     (tmp_path / "token").write_text("secret-token\n", encoding="utf-8")
 
     async def ask() -> None:

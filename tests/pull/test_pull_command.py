@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from gateways import RunningGateway
 
 import esper_otel
@@ -46,11 +46,11 @@ def shared() -> Iterator[RunningGateway]:
 
 
 def command(address: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "esper_otel", "pull", "--target", address, *arguments]
+    return ["-m", "esper_otel", "pull", "--target", address, *arguments]
 
 
-def printed(address: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(command(address, *arguments), capture_output=True, check=False, timeout=TIMEOUT_S)
+def printed(address: str, *arguments: str) -> warm.Done:
+    return warm.run(*command(address, *arguments), imported=warm.PACKAGE)
 
 
 def test_json_lines_say_everything(shared: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,15 +65,16 @@ def test_json_lines_say_everything(shared: RunningGateway, monkeypatch: pytest.M
     assert lines == expected
     assert "loss" not in lines[3]["state"]["training_metrics"]
     assert "loss" in lines[3]["names"]
-    assert done.stderr.startswith(b"esper-otel: cursor ")
-    cursor = done.stderr.split()[-1].decode()
-    assert printed(shared.grpc, "lines", "--cursor", cursor).stdout == b""
+    assert done.stderr.startswith("esper-otel: cursor ")
+    cursor = done.stderr.split()[-1]
+    assert printed(shared.grpc, "lines", "--cursor", cursor).stdout == ""
 
 
 def test_binary_messages_follow_their_lengths(shared: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """A varint, then a Step, again and again."""
     mine = trained(shared.grpc, "binary", monkeypatch)
-    content = printed(shared.grpc, "binary", "--binary").stdout
+    pulling = [sys.executable, *command(shared.grpc, "binary", "--binary")]
+    content = subprocess.run(pulling, capture_output=True, check=True, timeout=TIMEOUT_S).stdout
     steps = []
     while content:
         length, start = read_varint(content, 0)
@@ -89,13 +90,13 @@ def test_text_is_a_line_a_step_and_runs_a_line_a_writer(
     shared: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(shared.grpc, "text", monkeypatch)
-    lines = printed(shared.grpc, "text").stdout.decode().splitlines()
+    lines = printed(shared.grpc, "text").stdout.splitlines()
     assert len(lines) == 5
     assert lines[0].startswith("step 1  loss 1  seeds 1  rank 0  attempt ")
     assert "loss_nonfinite" in lines[3]
-    [run] = [line for line in printed(shared.grpc).stdout.decode().splitlines() if line.startswith("text ")]
+    [run] = [line for line in printed(shared.grpc).stdout.splitlines() if line.startswith("text ")]
     assert run.endswith("rank 0 of 1  steps 1 to 5  stored 5  ended completed")
-    [said] = [json.loads(line) for line in printed(shared.grpc, "--json").stdout.splitlines() if b'"text"' in line]
+    [said] = [json.loads(line) for line in printed(shared.grpc, "--json").stdout.splitlines() if '"text"' in line]
     assert (said["run_id"], said["last_step"], said["ended"]) == ("text", 5, "completed")
 
 
@@ -111,14 +112,14 @@ def test_text_is_a_line_a_step_and_runs_a_line_a_writer(
 def test_a_mistake_is_said(shared: RunningGateway, arguments: list[str], message: str) -> None:
     done = printed(shared.grpc, *arguments)
     assert done.returncode == 2
-    assert message in done.stderr.decode()
-    assert done.stdout == b""
+    assert message in done.stderr
+    assert done.stdout == ""
 
 
 def test_no_gateway_is_said() -> None:
     done = printed("127.0.0.1:1", "run")
     assert done.returncode == 2
-    assert b"127.0.0.1:1" in done.stderr
+    assert "127.0.0.1:1" in done.stderr
 
 
 def test_following_goes_on_over_a_gateway_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +131,7 @@ def test_following_goes_on_over_a_gateway_that_was_killed(tmp_path: Path, monkey
     output = tmp_path / "output"
     with output.open("wb") as file:
         following = subprocess.Popen(
-            command(address, "followed", "--follow", "--json"), stdout=file, stderr=subprocess.PIPE, env=os.environ
+            [sys.executable, *command(address, "followed", "--follow", "--json")], stdout=file, stderr=subprocess.PIPE
         )
     try:
         with RunningGateway(*options) as gateway:

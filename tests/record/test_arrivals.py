@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -11,7 +12,9 @@ from programs import until
 
 import esper_otel
 from esper_otel import EsperSettings
+from esper_otel.record import frame_publisher
 from esper_otel.record.frame_publisher import Draft
+from esper_otel.record.seeds import one_cell
 from esper_otel.record.values import DeviceValues
 
 
@@ -56,6 +59,30 @@ def test_what_never_comes_holds_up_neither_the_end_nor_the_process() -> None:
     assert time.monotonic() - started_s < patience(3.0)
     assert publisher.ring.last == 1
     assert until("ended", lambda: not publisher._arrivals._thread.is_alive())
+
+
+def test_steps_that_wait_for_what_never_comes_are_published_without_it_before_they_fill_the_memory(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device may hang for hours while the loop goes on: what is dropped is counted and reported."""
+    monkeypatch.setattr(frame_publisher, "MOST_WAITING_BYTES", 200_000)
+    with esper_otel.start(run_id="run") as telemetry:
+        publisher = telemetry._recorder.publisher
+        with caplog.at_level(logging.WARNING, "esper_otel"):
+            for step in range(1, 201):
+                held = Late(3600.0) if step % 2 else Late(0.0)
+                publisher.publish_later(draft(step)._replace(table=one_cell("seed", "alpha", 0.5)), held)
+                assert len(publisher.waiting) < 50
+        assert publisher.ring.last > 150
+        waiting = sum(not held.done() for _, held in publisher.waiting if held is not None)
+        assert publisher.counters.without_device_values == 100 - waiting
+        assert telemetry._wiring.counts()["esper.steps.without_device_values", ""] == 100 - waiting  # type: ignore[attr-defined] # the session
+        assert "published without device values" in caplog.text
+        frames, _ = publisher.ring.after(0, 1_000)
+        assert [frame.global_step for frame in frames] == list(range(1, publisher.ring.last + 1))
+        telemetry.close(timeout_s=0.1)
+        assert publisher.counters.without_device_values == 100
+        assert publisher.ring.last == 200
 
 
 def test_a_step_that_another_thread_publishes_is_not_undone(monkeypatch: pytest.MonkeyPatch) -> None:

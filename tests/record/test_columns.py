@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,20 @@ def test_ids_of_the_last_call_are_not_checked_again() -> None:
     columns = SeedColumns(lambda table: False)
     first = columns.table(["a", "b"], {})
     assert columns.table(["a", "b"], {}).ids is first.ids
+
+
+def test_ids_that_come_and_go_are_checked_and_forgotten() -> None:
+    """A new id is checked next to known ones; a number is no name, even if a name was equal to it."""
+    columns = SeedColumns(lambda table: False)
+    for number in range(3_000):
+        ids = ["a", np.str_("b"), f"new-{number}"]
+        assert columns.table(ids, {}).ids == ("a", "b", f"new-{number}")
+    assert len(columns._names) < 1_100
+    assert {type(name) for name in columns.table(["a", np.str_("b")], {}).ids} == {str}
+    wrongs: list[Any] = [["a", "\n"], ["a", 1], ["a", ["b"]], ["a", "b", "a"]]
+    for wrong in wrongs:
+        with pytest.raises((InvalidName, InvalidValue)):
+            columns.table(wrong, {})
 
 
 def test_a_call_that_failed_leaves_nothing_that_counts_as_good() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 from frame_examples import RUN, TIME_UNIX_NS, seed_table
 from interrupts import interrupted
 
@@ -20,6 +22,8 @@ from esper_otel.probes.sampler import Sampler
 from esper_otel.record import frame_publisher
 from esper_otel.record.frame_publisher import Draft, FramePublisher
 from esper_otel.record.names import Names
+
+pytestmark = pytest.mark.own_code
 
 FILES = [str(module.__file__) for module in (block, deriver, dynamics, frame_publisher, live_seeds, ring_module)]
 
@@ -97,6 +101,7 @@ def test_a_step_that_is_interrupted_anywhere_is_recorded_or_leaves_nothing_behin
         for each in AFTER:
             publisher._publish_draft(each)
         assert outcome(publisher) == (whole if is_there else without[has_begun]), at
+        assert sys.exc_info() == (None, None, None), "the next test would begin inside an exception"
     assert lost > 200
 
 

@@ -303,6 +303,8 @@ def test_phases_are_read_back_from_lines_and_damage_is_skipped() -> None:
     written = log.waiting(None, 9)
     lines = [line_of(phase) for phase in written]
     content = b"{}\n" + lines[0] + b"[1, 2\n" + lines[1] + b'["a", 3, 4]\n' + b"".join(lines[1:]) + lines[3][:20]
+    bad = (b"[" * 100_000, b'[9,"a",0,1,1' + b"0" * 400 + b",null,1,1]", b'[9,"a",0,%d,1,null,1,1]' % 2**63)
+    content += b"\n" + b"\n".join(bad) + b"\n"
     assert list(entries_in(content, checked_phase, 1)) == written[1:]
 
 

@@ -50,7 +50,7 @@ def test_rows_are_counted_before_they_are_dropped() -> None:
     with esper_otel.start(run_id="run", settings=EsperSettings(buffer_bytes=2**20)) as telemetry:
         for number in range(20_000):
             telemetry.record_step({"loss": math.nan if number % 2 else 1.0, "accuracy": 0.5}, epoch=0)
-        assert telemetry._recorder.publisher.ring.first > 10_000
+        assert telemetry._recorder.publisher.ring.first > 8_000
         assert telemetry.health()["nonfinite"] == 10_000
 
 

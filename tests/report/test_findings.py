@@ -7,6 +7,8 @@ import pytest
 from esper_otel.report.findings import phases
 from esper_otel.report.recording import StepRow
 
+pytestmark = pytest.mark.own_code
+
 STEP = {"input_wait_ms": 5.0, "step_latency_ms": 20.0, "hook_latency_ms": 2.0}
 
 

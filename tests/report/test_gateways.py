@@ -13,7 +13,7 @@ import pytest
 
 from esper_otel.cli import main
 from esper_otel.leyline import messages
-from esper_otel.pull.client import method
+from esper_otel.pull.calls import method
 from esper_otel.pull.messages import PullRequest, PullResponse, Run, RunsResponse, Step
 from esper_otel.report import recording
 

@@ -7,14 +7,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import warm
 from gateways import RunningGateway
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsPartialSuccess,
@@ -28,8 +27,11 @@ from esper_otel.export import file_sender
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.file_sender import FileSender
 from esper_otel.export.transport import Result, open_sender
+from esper_otel.send import lines as lines_module
 from esper_otel.send.lines import NOTES, Progress, lines_of
 from esper_otel.testing import MemoryCollector
+
+pytestmark = pytest.mark.own_code
 
 STEPS = 120
 PARTIAL = ExportMetricsServiceResponse(partial_success=ExportMetricsPartialSuccess(rejected_data_points=7))
@@ -56,15 +58,13 @@ telemetry.close()
 NOWHERE = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://192.0.2.1:4317"}  # no route from behind the air gap
 
 
-def trained(run_id: str, *more: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", TRAIN, run_id, str(STEPS), *more]
-    return subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, check=False)
+def trained(run_id: str, *more: str, **environ: str) -> warm.Done:
+    return warm.run("-c", TRAIN, run_id, str(STEPS), *more, env={**os.environ, **environ}, imported=warm.PACKAGE)
 
 
-def sent(gateway: RunningGateway, *paths: Path, **options: Any) -> subprocess.Popen[str]:
+def sent(gateway: RunningGateway, *paths: Path) -> warm.Process:
     environ = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{gateway.grpc}"}
-    command = [sys.executable, "-m", "esper_otel", "send", *map(str, paths)]
-    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return warm.started("-m", "esper_otel", "send", *paths, env=environ, imported=warm.PACKAGE)
 
 
 def steps_at(gateway: RunningGateway, run_id: str) -> list[Any]:
@@ -100,7 +100,6 @@ def test_a_run_in_files_is_equal_to_one_that_was_sent_live(tmp_path: Path) -> No
         shutil.move(files, elsewhere / "files")
         shutil.move(spool, elsewhere / "spool")
         first = sent(gateway, elsewhere / "files", elsewhere / "spool")
-        assert first.stdout is not None
         first.stdout.readline()  # a file is delivered
         first.kill()
         first.communicate()
@@ -258,11 +257,60 @@ def test_notes_that_are_damaged_or_cannot_be_written_cost_a_repetition(
         raise OSError(28, "No space left on device")
 
     progress = Progress(written, "here")
-    monkeypatch.setattr(Path, "write_text", full)
+    caplog.clear()
+    monkeypatch.setattr(Path, "replace", full)
     progress.note(5)
     progress.note(6)
     assert progress.offset == 6
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("content", ["a file of mine\n", '{"refused": "mine"}', "[" * 100_000, None])
+def test_a_file_with_the_name_of_a_note_is_left_alone(
+    written: Path, collector: MemoryCollector, caplog: pytest.LogCaptureFixture, tmp_path: Path, content: str | None
+) -> None:
+    """So is a link, and what it leads to. The steps are sent all the same, each time anew."""
+    notes, elsewhere = written.with_name(written.name + NOTES), tmp_path / "elsewhere"
+    elsewhere.write_text("{}")
+    if content is None:
+        notes.symlink_to(elsewhere)
+    else:
+        notes.write_text(content)
+    before = notes.read_text()
+    assert main(["send", str(written)]) == 0
+    assert losses(collector) == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert notes.is_symlink() == (content is None)
+    assert notes.read_text() == before
+    assert {each.name for each in written.parent.iterdir()} == {written.name, notes.name}
+    assert "is left alone" in caplog.text
+
+
+def test_files_of_others_are_read_as_text_and_within_bounds(
+    written: Path, collector: MemoryCollector, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line that is too long or has too many values is left out; control characters do not reach the terminal."""
+    monkeypatch.setattr(lines_module, "_MOST_BYTES", 100_000)
+    monkeypatch.setattr(lines_module, "_MOST_WORDS", 20_000)
+    bad = [b'{"resourceMetrics": "' + b"x" * 350_000 + b'"}', b'{"resourceMetrics": [' + b"{}," * 25_000 + b"{}]}"]
+    hostile = written.with_name("\x1b]0;gone\x07.jsonl")
+    hostile.write_bytes(b"\n".join([*bad, b""]) + written.read_bytes())
+    notes = hostile.with_name(hostile.name + NOTES)
+    notes.write_text(json.dumps({"elsewhere": {"offset": 1, "refused": {"\x1b[31mred": 3}, "named": ["\x1b[2J"]}}))
+    earlier = Progress(hostile, "elsewhere").refusals
+    assert not [text for text in (*earlier.counts, *earlier.noted()["named"]) if "\x1b" in text]
+    assert main(["send", str(hostile)]) == 1
+    said = capsys.readouterr().out
+    assert "2 lines that are not OTLP metrics were left out" in said
+    assert "\x1b" not in said
+    assert losses(collector) == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_pipe_holds_up_nothing(
+    tmp_path: Path, collector: MemoryCollector, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "x.jsonl")
+    assert main(["send", str(tmp_path / "x.jsonl")]) == 2
+    assert "not a plain file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["no/such", "."])

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from log_receiver import LogReceiver, attributes_of, receiver
 
 import esper_otel
 from esper_otel import EsperSettings
 from esper_otel.cli import main
 from esper_otel.testing import MemoryCollector
+
+pytestmark = pytest.mark.own_code
 
 AWAY = "http://127.0.0.1:1"
 TRAIN = """
@@ -75,13 +76,13 @@ def test_a_damaged_first_line_does_not_hide_the_events_after_it(tmp_path: Path, 
 def test_what_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     assert main(["send", "--within", "1", str(tmp_path)]) == 2
-    assert "folder.jsonl: Is a directory" in capsys.readouterr().err
+    assert "folder.jsonl: it is not a plain file" in capsys.readouterr().err
 
 
 def test_events_in_a_spool_are_delivered_with_its_steps(tmp_path: Path, logs: LogReceiver) -> None:
     environ = {**os.environ, "ESPER_SPOOL_DIR": str(tmp_path), "OTEL_EXPORTER_OTLP_ENDPOINT": AWAY}
     environ["OTEL_EXPORTER_OTLP_LOGS_ENDPOINT"] = f"{AWAY}/v1/logs"
-    killed = subprocess.run([sys.executable, "-c", TRAIN], check=False, env=environ, timeout=300)
+    killed = warm.run("-c", TRAIN, env=environ, imported=warm.PACKAGE)
     assert killed.returncode == -signal.SIGKILL
     assert main(["send", "--within", "30", str(tmp_path)]) == 0
     assert numbers(logs) == [1, 2, 3, 4]
@@ -89,13 +90,28 @@ def test_events_in_a_spool_are_delivered_with_its_steps(tmp_path: Path, logs: Lo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_endpoint_without_logs_refuses_the_events_and_takes_the_steps(
+def test_an_endpoint_without_logs_takes_the_steps_and_leaves_the_events_for_the_next_call(
     tmp_path: Path, logs: LogReceiver, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It may be a proxy whose server is away: what can be taken later is not refused for good."""
     with esper_otel.start(run_id="files", settings=EsperSettings(export_file=tmp_path)) as telemetry:
         telemetry.record_step({"loss": 1.0}, epoch=0)
     logs.answer = lambda _: 404
     assert main(["send", "--within", "30", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "/v1/logs, 2 refused for good" in said
+    assert "/v1/logs, the rest is for the next call" in said
     assert "1 requests delivered" in said
+    logs.answer = lambda _: 200
+    assert main(["send", "--within", "30", str(tmp_path)]) == 0
+    assert numbers(logs) == [1, 2]
+
+
+def test_a_spool_keeps_events_that_an_endpoint_without_logs_has_not_taken(tmp_path: Path, logs: LogReceiver) -> None:
+    logs.answer = lambda _: 404
+    environ = {**os.environ, "ESPER_SPOOL_DIR": str(tmp_path)}
+    warm.run("-c", TRAIN, env=environ, imported=warm.PACKAGE)
+    assert main(["send", "--within", "30", str(tmp_path)]) == 1
+    logs.answer = lambda _: 200
+    assert main(["send", "--within", "30", str(tmp_path)]) == 0
+    assert numbers(logs) == [1, 2, 3, 4]
+    assert list(tmp_path.iterdir()) == []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from gateways import RunningGateway
 from programs import ROOT, free_port, until
 
@@ -137,8 +136,7 @@ class Launches:
     def make(self) -> None:
         """Waits for all of them."""
         (self._folder / "program.py").write_text(PROGRAM, encoding="utf-8")
-        command = [sys.executable, str(self._folder / "program.py"), json.dumps(self._launches)]
-        done = subprocess.run(command, env=self._environ, capture_output=True, text=True, check=False, timeout=300)
+        done = warm.run(self._folder / "program.py", json.dumps(self._launches), env=self._environ)
         assert done.returncode == 0, done.stderr[-3000:]
         self.said = done.stderr
         self.ends = done.stdout.splitlines()
@@ -216,8 +214,8 @@ def test_a_requeued_job_of_slurm(gateway: RunningGateway, tmp_path: Path) -> Non
     launches.make()
     assert launches.ends == ["ranks -9 -9", "ranks 0 0"]
     check_two_attempts(gateway, "slurm")
-    command = [sys.executable, str(ROOT / "examples" / "controller.py"), "--target", gateway.grpc, "slurm"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
+    controller = ROOT / "examples" / "controller.py"
+    said = warm.run(controller, "--target", gateway.grpc, "slurm", imported=warm.PACKAGE).stdout.splitlines()
     assert len(said) == 21  # the killed ranks' steps, too
     assert said[-1] == "the run has ended: completed"
 

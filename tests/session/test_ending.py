@@ -10,10 +10,13 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import warm
 from patience import patience
 
+from esper_otel.session.raised import status_of
 from esper_otel.testing import MemoryCollector
 
 pytestmark = pytest.mark.own_code
@@ -25,6 +28,7 @@ telemetry = esper_otel.start(run_id="run")
 for _ in range(200):
     telemetry.record_step({"loss": 1.0}, epoch=0)
 """
+BRIEFLY = BEGIN.replace("200", "3")  # where the outcome alone is looked at
 
 
 @pytest.fixture
@@ -35,10 +39,8 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryCollector]:
         yield collector
 
 
-def ended(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=300, check=False
-    )
+def ended(script: str) -> warm.Done:
+    return warm.run("-c", BEGIN + script, imported=warm.PACKAGE)
 
 
 def outcomes(collector: MemoryCollector) -> list[str]:
@@ -56,6 +58,8 @@ LEFT = {
     "sys.exit()": (0, "completed"),
     "exit(0)": (0, "completed"),
     "sys.exit(256)": (0, "completed"),  # the status is a byte
+    "sys.exit(2**70)": (255, "SystemExit"),  # Python makes -1 of what has more than 64 bits
+    "with telemetry:\n    sys.exit(-(2**70))": (255, "SystemExit"),
     "def main():\n    sys.exit(0)\nmain()": (0, "completed"),
     "try:\n    sys.exit(3)\nexcept SystemExit:\n    pass": (0, "completed"),
     "with telemetry:\n    sys.exit(0)": (0, "completed"),
@@ -89,10 +93,41 @@ LEFT = {
 }
 
 
-# A child for each case goes on in the main program: importing it all once is most of the time.
+GIVEN = """
+class Odd(int):
+    __and__ = __index__ = __int__ = __eq__ = __lt__ = bit_length = lambda *_: 0
+GIVEN = [
+    *(None, 0, 1, 255, 256, -1, True, False, 2**31, -(2**31), 2**32, 2**63 - 1, -(2**63), 2**63, -(2**63) - 1, 2**64),
+    *(2**70, -(2**70), Odd(3), Odd(2**70), 0.0, "", "no", (), (0,), [], object(), ValueError(0)),
+]
+"""
+STATUSES = """
+import os, sys
+for given in GIVEN:
+    child = os.fork()
+    if not child:
+        sys.exit(given)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_the_status_is_what_python_makes_of_the_argument() -> None:
+    """Python itself says which: a number beyond a byte, or beyond 64 bits, and what is no number."""
+    found: dict[str, Any] = {}
+    exec(GIVEN, found)
+    done = subprocess.run(
+        [sys.executable, "-c", GIVEN + STATUSES], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert [status_of(given) for given in found["GIVEN"]] == [*map(int, done.stdout.split())]
+
+
+# A child for each case goes on in the main program: importing it all once is most of the time. What is frozen is not
+# looked through, nor copied.
 FORKS = """
-import json, os, sys
-import esper_otel.export.grpc_sender, esper_otel.session.start
+import concurrent.futures.thread, gc, json, os, sys
+import esper_otel.export.grpc_sender, esper_otel.probes.machine, esper_otel.session.start
+gc.collect()
+gc.freeze()
 children = []
 for case in range(int(sys.argv[1])):
     pid = os.fork()
@@ -129,7 +164,7 @@ def forked(
 
 def test_a_script_that_ends_with_status_0_has_completed(collector: MemoryCollector, tmp_path: Path) -> None:
     """Whichever way it leaves, the outcome is what its exit status says, and the exit status is what it would be."""
-    (tmp_path / "train.py").write_text(FORKS + cases(BEGIN + text for text in LEFT), encoding="utf-8")
+    (tmp_path / "train.py").write_text(FORKS + cases(BRIEFLY + text for text in LEFT), encoding="utf-8")
     assert forked(collector, LEFT, ["train.py", str(len(LEFT))], tmp_path)[0] == LEFT
 
 
@@ -154,7 +189,7 @@ import sys
 def cleaned(status):
     return status
 def main(case):
-{textwrap.indent(BEGIN, "    ")}
+{textwrap.indent(BRIEFLY, "    ")}
     return case
 """
 RETURNED = {
@@ -207,7 +242,7 @@ for tracer in (None, trace):
     except SystemExit as error:
         sys.stdout.write(f"{error.code} {model()} {sys.gettrace() is tracer}\\n")
 """
-    begin = f"def start():\n{textwrap.indent(BEGIN, '    ')}    telemetry.close()\n"
+    begin = f"def start():\n{textwrap.indent(BRIEFLY, '    ')}    telemetry.close()\n"
     (tmp_path / "train.py").write_text(begin + program, encoding="utf-8")
     command = [sys.executable, "train.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
@@ -251,8 +286,7 @@ def test_a_script_of_ipython_ends_as_one_of_python(
     collector: MemoryCollector, script: str, more: list[str], status: int, outcome: str
 ) -> None:
     """Unless a prompt follows, with cells of which any may have been the run's end."""
-    command = [sys.executable, "-c", IPYTHON, BEGIN + script, *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = warm.run("-c", IPYTHON, BRIEFLY + script, *more, imported=warm.PACKAGE)
     assert (done.returncode, outcomes(collector)) == (status, [outcome])
 
 
@@ -287,13 +321,7 @@ def test_a_handler_that_was_there_is_called_and_decides(collector: MemoryCollect
         "telemetry = ",
         "signal.signal(signal.SIGTERM, lambda number, frame: (print('checkpoint'), sys.exit(3)))\ntelemetry = ",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", handler + "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(30)"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = warm.run("-c", handler + "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(30)", imported=warm.PACKAGE)
     assert (done.returncode, done.stdout) == (3, "checkpoint\n")
     assert collector.frames_received == 200
 

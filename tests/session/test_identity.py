@@ -10,7 +10,8 @@ import pytest
 
 from esper_otel import ConfigurationError, InvalidName, InvalidValue
 from esper_otel.frames.frame import Run
-from esper_otel.session.identity import agreement_for, identify
+from esper_otel.session.agreement import agreement_for
+from esper_otel.session.identity import identify
 
 
 def who(environ: dict[str, str] | None = None, **given: Any) -> Run:

@@ -29,7 +29,8 @@ print(json.dumps([json.loads(rank.communicate()[0]) for rank in ranks]))
 """
 RANK = """
 import json, os
-from esper_otel.session.identity import agreement_for, identify
+from esper_otel.session.agreement import agreement_for
+from esper_otel.session.identity import identify
 def who():
     run = identify(run_id=os.environ.get("ESPER_RUN_ID"), experiment=None, rank=None, world_size=None)
     agreement = agreement_for(run)

@@ -19,6 +19,8 @@ import esper_otel
 from esper_otel import ConfigurationError, Telemetry
 from esper_otel.session import show
 
+pytestmark = pytest.mark.own_code
+
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 
 import esper_otel
 from esper_otel.errors import ConfigurationError
@@ -17,10 +16,11 @@ from esper_otel.testing import MemoryCollector
 pytestmark = pytest.mark.own_code
 
 BEGIN = """
-import os, resource, signal, sys, threading, time
+import os, resource, signal, sys, threading, time, warnings
 import esper_otel
 
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+warnings.simplefilter("ignore")  # of forks beside threads
 
 def record(telemetry):
     for _ in range(50):
@@ -40,9 +40,8 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryCollector]:
         yield collector
 
 
-def ended(script: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-c", BEGIN + script]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def ended(script: str) -> warm.Done:
+    return warm.run("-c", BEGIN + script, imported=warm.PACKAGE)
 
 
 def outcomes(collector: MemoryCollector) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sqlite3
 import time
@@ -31,7 +32,10 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE UNIQUE INDEX IF NOT EXISTS events_by_number ON events (run, rank, attempt, number, time);
 """
 _RUNS = "SELECT id, run, life, last, tenant, received FROM runs"
-_COUNTED = "SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*) FROM events GROUP BY 1, 2, 3"
+_COUNTED = """
+SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*), max(position) FROM events GROUP BY 1, 2, 3
+"""
+_MOST_POSITION, _MOST_NUMBER = 2**62, 2**53
 _STRANGE = "it has rows that a gateway cannot have written"
 _AFTER = """
 SELECT position, rank, attempt, process, number, missed, time, content FROM events
@@ -41,6 +45,11 @@ _NEWEST = """
 SELECT position, rank, attempt, process, number, missed, time, content FROM events
 WHERE run = ?1 AND rank = ?2 ORDER BY position DESC LIMIT ?3
 """
+
+_LAST = 10**18  # a position that no event has
+_VALUES = frozenset({str, int, float, bool})
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which no message can carry
 
 # A rank and an attempt: whose events are numbered.
 _Numbered: TypeAlias = tuple[int, int]
@@ -103,7 +112,7 @@ class _EventfulRun:
         life: tells its events from those of an earlier file.
         last: the position of its newest event.
         tenant: whose share it uses.
-        received_s: when its newest event arrived, in Unix seconds.
+        received_s: when its newest event arrived, by the age of the store.
         count: how many events it has.
         numbers: of each rank and attempt, the highest number, and how many numbers there are.
     """
@@ -124,17 +133,24 @@ class EventFile:
         folder: the folder of the store; None keeps everything in memory.
         limits: how many there may be.
         warnings: where damage is reported.
-        clock_s: Unix time, in seconds.
+        age_s: a time in seconds that passes only while a gateway runs, and never jumps: see ``Store.age_s``.
+        life: what cursors name of all runs, if other gateways have the same events at the same positions.
 
     Attributes:
         places: the room for events, and how much of it is used.
     """
 
     def __init__(
-        self, folder: Path | None, limits: Limits, warnings: Warnings, clock_s: Callable[[], float] = time.time
+        self,
+        folder: Path | None,
+        limits: Limits,
+        warnings: Warnings,
+        age_s: Callable[[], float] = time.monotonic,
+        life: str | None = None,
     ) -> None:
         self._limits = limits
-        self._clock_s = clock_s
+        self._life = life
+        self._age_s = age_s
         self._warnings = warnings
         self._runs: dict[str, _EventfulRun] = {}
         self.places: SharedPlaces = SharedPlaces(limits.all_events)
@@ -149,13 +165,17 @@ class EventFile:
         runs: dict[str, _EventfulRun] = {}
         by_id: dict[int, _EventfulRun] = {}
         for number, run, life, last, tenant, received_s in connection.execute(_RUNS):
-            if list(map(type, (run, life, last, tenant, received_s))) != [str, str, int, str, float]:
+            are_ours = list(map(type, (run, life, last, tenant, received_s))) == [str, str, int, str, float]
+            if not are_ours or not life.isalnum() or not 0 <= last < _MOST_POSITION:
                 raise sqlite3.DatabaseError(_STRANGE)
-            runs[run] = by_id[number] = _EventfulRun(number, life, last, tenant, received_s)
-        for number, rank, attempt, highest, distinct, count in connection.execute(_COUNTED):
-            if not type(rank) is type(attempt) is type(highest) is int:
+            # An earlier version noted Unix time; and after a kill, the store's age may be behind.
+            runs[run] = by_id[number] = _EventfulRun(number, life, last, tenant, min(received_s, self._age_s()))
+        for number, rank, attempt, highest, distinct, count, position in connection.execute(_COUNTED):
+            if not type(rank) is type(attempt) is type(highest) is type(position) is int or highest < distinct:
                 raise sqlite3.DatabaseError(_STRANGE)
             if number in by_id:
+                if position > by_id[number].last:  # it would be given again
+                    raise sqlite3.DatabaseError(_STRANGE)
                 by_id[number].numbers[rank, attempt] = highest, distinct
                 by_id[number].count += count
         self._runs = runs
@@ -163,8 +183,8 @@ class EventFile:
         for found in runs.values():
             self.places.restore(found.tenant, found.count)
 
-    def add(self, events: Sequence[EventRecord], tenant: str) -> tuple[int, Counter[str]]:
-        """Stores events, all or nothing; repeated ones are left out.
+    def add(self, events: Sequence[EventRecord], tenant: str, first: int = 1) -> tuple[int, Counter[str]]:
+        """Stores events, all or nothing; repeated ones are left out. Their positions are not below ``first``.
 
         Returns:
             How many were new, and how many were refused, by reason.
@@ -179,7 +199,7 @@ class EventFile:
         try:
             with self._file.transaction() as connection:
                 for event in events:
-                    outcome = self._add(connection, event, tenant)
+                    outcome = self._add(connection, event, tenant, first)
                     if isinstance(outcome, str):
                         refused[outcome] += 1
                     else:
@@ -203,7 +223,7 @@ class EventFile:
             if run is not None:
                 self._runs[run_id] = run
 
-    def _add(self, connection: sqlite3.Connection, event: EventRecord, tenant: str) -> bool | str:
+    def _add(self, connection: sqlite3.Connection, event: EventRecord, tenant: str, first: int) -> bool | str:
         """Stores an event; returns whether it is new, or why it is refused.
 
         What a later process sends of an earlier one is known by number and time. The same number with another time is
@@ -220,7 +240,7 @@ class EventFile:
             return NO_ROOM_FOR_EVENTS
         if run is None:
             run = self._runs[of.run_id] = self._begin(connection, of.run_id, tenant)
-        run.last, run.count, run.received_s = run.last + 1, run.count + 1, self._clock_s()
+        run.last, run.count, run.received_s = max(run.last + 1, first), run.count + 1, self._age_s()
         process, missed = _digest(event.sender.process) if times else "", 0
         if not times:
             highest, count = run.numbers.get((of.rank, of.attempt), (0, 0))
@@ -243,7 +263,7 @@ class EventFile:
         ]
 
     def _begin(self, connection: sqlite3.Connection, run_id: str, tenant: str) -> _EventfulRun:
-        life = secrets.token_hex(8)
+        life = self._life or secrets.token_hex(8)
         made = connection.execute(
             "INSERT INTO runs (run, life, last, tenant, received) VALUES (?, ?, 0, ?, 0)", (run_id, life, tenant)
         )
@@ -259,10 +279,11 @@ class EventFile:
         run = self._runs.get(run_id)
         if run is None:
             return None
-        place = cursor_place(cursor, run.life, rank, run.last, what="events")
-        rows = self._file.rows(_AFTER, (run.id, place, rank, most))
+        newest = run.last if self._life is None else _LAST  # another gateway may have had newer ones already
+        before = cursor_place(cursor, run.life, rank, newest, what="events")
+        rows = self._file.rows(_AFTER, (run.id, before, rank, most))
         events = self._read(rows)
-        place = rows[-1][0] if len(rows) == most else run.last
+        place = rows[-1][0] if len(rows) == most else max(run.last, before)
         return StoredEventPage(events, cursor_text(run.life, rank, place), sum(event.missed for event in events))
 
     def newest(self, run_id: str, rank: int, most: int) -> list[StoredEvent]:
@@ -294,7 +315,7 @@ class EventFile:
 
     def abandoned(self, is_known: Callable[[str], bool], idle_s: float) -> list[str]:
         """Returns the runs that are not known, and of which no event has arrived for so long."""
-        before_s = self._clock_s() - idle_s
+        before_s = self._age_s() - idle_s
         return [run_id for run_id, run in self._runs.items() if run.received_s < before_s and not is_known(run_id)]
 
     def count(self, run_id: str) -> int:
@@ -319,6 +340,11 @@ class EventFile:
             del self._runs[run_id]
             self.places.give_back(run.tenant, run.count)
 
+    @property
+    def damaged(self) -> int:
+        """How many damaged files were put aside."""
+        return self._file.damaged
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
@@ -329,13 +355,18 @@ def _event_of(place: Sequence[Any], content: str) -> StoredEvent | None:
     try:
         event = StoredEvent(*place, *json.loads(content))
         texts = (event.process, event.name, event.text, *event.attributes)
-    except (ValueError, TypeError):
+        values = event.attributes.values()
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    numbers = (event.rank, event.attempt, event.number, event.missed, event.time_unix_ns, event.severity)
+    small = (event.rank, event.severity)
+    numbers = (*small, event.attempt, event.number, event.missed, event.time_unix_ns)
     further = [each for each in (event.step, event.epoch) if each is not None]
-    are_texts = all(type(each) is str for each in texts)
+    texts = (*texts, *(each for each in values if type(each) is str))
+    are_texts = all(type(each) is str and not _SURROGATE.search(each) for each in texts)
     are_numbers = all(type(each) is int and 0 <= each < 2**63 for each in (*numbers, *further))
-    return event if are_texts and are_numbers else None
+    are_counts = are_numbers and event.missed < event.number < _MOST_NUMBER
+    are_values = all(type(each) in _VALUES and (type(each) is not int or abs(each) < 2**63) for each in values)
+    return event if are_texts and are_counts and are_values and max(small) < 2**31 else None
 
 
 def _digest(process: str) -> str:

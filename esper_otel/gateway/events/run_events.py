@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,20 +28,30 @@ class RunEvents:
         limits: how many there may be.
         counts: where events, repeated ones and ignored log records are counted.
         warnings: where faults are reported.
+        age_s: see ``Store.age_s``.
+        life: see ``EventFile``.
 
     Attributes:
         refused: events that were refused for good, by reason.
     """
 
-    def __init__(self, folder: Path | None, limits: Limits, counts: Counter[str], warnings: Warnings) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        limits: Limits,
+        counts: Counter[str],
+        warnings: Warnings,
+        age_s: Callable[[], float] = time.monotonic,
+        life: str | None = None,
+    ) -> None:
         self._counts = counts
         self._warnings = warnings
-        self._file = EventFile(folder, limits, warnings)
+        self._file = EventFile(folder, limits, warnings, age_s, life)
         self._gone: dict[str, None] = {}
         self.refused: Counter[str] = Counter()
 
-    def taking(self, events: Sequence[EventRecord], tenant: str) -> Generator[None, None, Counter[str]]:
-        """Stores events, in parts; returns how many were refused, by reason.
+    def taking(self, events: Sequence[EventRecord], tenant: str, first: int = 1) -> Generator[None, None, Counter[str]]:
+        """Stores events, in parts, at positions not below ``first``; returns how many were refused, by reason.
 
         If it ends early, the sender may send all of them again: those that were stored are then left out.
 
@@ -50,7 +61,7 @@ class RunEvents:
         refused: Counter[str] = Counter()
         for start in range(0, len(events), _AT_ONCE):
             some = events[start : start + _AT_ONCE]
-            added, why = self._file.add(some, tenant)
+            added, why = self._file.add(some, tenant, first)
             refused += why
             self._counts["events"] += added
             self._counts["repeated_events"] += len(some) - added - why.total()
@@ -82,6 +93,11 @@ class RunEvents:
     def mark(self, run_id: str) -> str:
         """Returns a text that changes with each new event of a run; empty if it has none."""
         return self._file.mark(run_id)
+
+    @property
+    def damaged(self) -> int:
+        """How many damaged files were put aside."""
+        return self._file.damaged
 
     def missing(self) -> int:
         """Returns how many events have not arrived although later ones of their rank and attempt have."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from types import MappingProxyType
 
 from esper_otel.gateway.hours.file import AttemptRank
@@ -13,18 +13,24 @@ from esper_otel.pull.messages import Bar as BarMessage
 from esper_otel.pull.messages import HoursResponse
 
 NO_ACCOUNTS: Mapping[AttemptRank, Account] = MappingProxyType({})
+_MOST_TOLD = 128 * 1024  # of the details of all accounts together: about 14 MB
 
 
-def hours_message(hours: RunHours, accounts: Mapping[AttemptRank, Account] = NO_ACCOUNTS) -> HoursResponse:
-    """Returns the message."""
+def hours_message(
+    hours: RunHours, accounts: Mapping[AttemptRank, Account] = NO_ACCOUNTS
+) -> Generator[None, None, HoursResponse]:
+    """Returns the message, in parts. The more accounts there are, the fewer details are told of each."""
     response = HoursResponse()
     _fill(response.run, hours.run)
     for rank, bar in hours.ranks.items():
         _fill(response.ranks.add(rank=rank).bar, bar)
+        yield
     for phase in hours.phases:
         response.phases.add(**phase._asdict())
+    most = _MOST_TOLD // max(len(accounts), 1)
     for writer, account in accounts.items():
-        response.accounts.add(rank=writer.rank, attempt=writer.attempt, account=account_text(account))
+        yield
+        response.accounts.add(rank=writer.rank, attempt=writer.attempt, account=account_text(account, most))
     return response
 
 

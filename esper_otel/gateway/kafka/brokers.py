@@ -20,6 +20,8 @@ SESSION_MS = TRANSACTION_MS = 10_000
 # The largest record: a step of 20,000 seeds takes some 6 MB, a request of a process up to 3.5 MB.
 MOST_RECORD_BYTES = 8 * 1024 * 1024
 _MOST_ADDED_BYTES = 64 * 1024  # of headers, and by the protocol
+_BATCH_BYTES = 1_000_000
+_FETCHED_KIB = 16 * 1024  # waits in a consumer, in addition to what is on its way
 _OURS = frozenset(
     {
         *("bootstrap.servers", "client.id", "group.id", "group.instance.id", "group.protocol", "transactional.id"),
@@ -91,6 +93,7 @@ class Brokers:
             "auto.offset.reset": "earliest",
             "allow.auto.create.topics": False,
             "fetch.message.max.bytes": MOST_RECORD_BYTES,
+            "queued.max.messages.kbytes": _FETCHED_KIB,
             "fetch.wait.max.ms": 100,
             "fetch.error.backoff.ms": 100,
             **own,
@@ -98,11 +101,14 @@ class Brokers:
         consumer: Consumer = self._made(Consumer, given)
         return consumer
 
-    def producer(self, transactional_id: str, *, has_batches: bool = True) -> Producer:
+    def producer(
+        self, transactional_id: str, *, most_bytes: int = MOST_RECORD_BYTES, has_batches: bool = True
+    ) -> Producer:
         """Makes a transactional producer.
 
         Args:
             transactional_id: its name at the brokers.
+            most_bytes: how large records that are sent together may be in all.
             has_batches: whether records are sent together.
 
         Raises:
@@ -114,6 +120,7 @@ class Brokers:
             "message.max.bytes": MOST_RECORD_BYTES + _MOST_ADDED_BYTES,  # a member looks itself
             "compression.type": "lz4",
             "linger.ms": 0,
+            "batch.size": min(most_bytes, _BATCH_BYTES),
             "queue.buffering.max.messages": 1_000_000,
             # librdkafka waits without a limit for a coordinator that it still takes to be away (its issues 5456 and
             # 5511), until a connection changes: so one that is idle is closed, and what it knows is soon too old.

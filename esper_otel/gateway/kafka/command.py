@@ -6,7 +6,11 @@ import argparse
 import asyncio
 import sys
 
-from esper_otel.gateway.command import (
+from esper_otel.gateway.command import publishing, until_told
+from esper_otel.gateway.kafka.brokers import Brokers
+from esper_otel.gateway.kafka.tier_core import TierCore
+from esper_otel.gateway.kafka.topics import tier_at
+from esper_otel.gateway.options import (
     add_access_arguments,
     add_kafka_arguments,
     add_oona_arguments,
@@ -14,12 +18,7 @@ from esper_otel.gateway.command import (
     packet_options,
     password_of,
     ports_of,
-    publishing,
-    until_told,
 )
-from esper_otel.gateway.kafka.brokers import Brokers
-from esper_otel.gateway.kafka.tier_core import TierCore
-from esper_otel.gateway.kafka.topics import tier_at
 from esper_otel.gateway.quiet import quiet_grpc
 from esper_otel.gateway.serve.connections import allow_connections
 from esper_otel.gateway.serve.ports import Gateway, Ports
@@ -50,7 +49,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 async def _serve(options: argparse.Namespace, core: TierCore, ports: Ports, topic: str, password: str | None) -> int:
-    async with Gateway(core, ports, receives=False) as gateway:
+    async with Gateway(core, ports) as gateway:
         try:
             async with publishing(core, options.oona, password):
                 await until_told(gateway, f"steps come from {topic} at {options.kafka}", as_json=options.json)

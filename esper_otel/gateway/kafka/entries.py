@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from esper_otel.gateway.items import Origin
 from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_text
-from esper_otel.gateway.kafka.topic_records import FrameBatch, NewerForm, UnknownForm, block_of, origin_of
+from esper_otel.gateway.kafka.topic_records import FrameBatch, NewerForm, UnknownForm, block_of, frames_of, origin_of
 from esper_otel.gateway.store.base import StoredFrame, StoredPage
 
-_RECORD_BYTES = 500
+_RECORD_BYTES, _FRAME_BYTES = 500, 900
 _MOST_INDEX = 1024  # more than a record has frames
 
 
@@ -24,7 +24,7 @@ class Record:
         offset: its offset.
         time_ms: when the broker received it.
         origin: the writer; None for a record that is none of ours.
-        size: about how much memory it takes, in bytes.
+        size: about how much memory it takes when it has been decoded, in bytes.
     """
 
     __slots__ = ("__dict__", "_key", "_value", "offset", "origin", "partition", "size", "time_ms")
@@ -34,7 +34,7 @@ class Record:
         self.offset: int = offset
         self.time_ms: int = time_ms
         self._key, self._value = key, value
-        self.size: int = 2 * len(value) + _RECORD_BYTES
+        self.size: int = 2 * len(value) + _RECORD_BYTES + _FRAME_BYTES * frames_of(value)
         self.origin: Origin | None = None
         with suppress(UnknownForm):
             self.origin = origin_of(key)
@@ -94,6 +94,8 @@ def entries_of(record: Record, stand: Stand, rank: int | None) -> list[Entry]:
     last = len(block.frames) - 1
     index = stand.taken if stand.offset == record.offset else 0
     number = stand.number
+    if first == 1 and not index:
+        number = 0  # its writers had been silent for so long that they were forgotten, and are counted anew
     for place in range(index, last + 1):
         item, loss_before = block.frames[place]
         mine = first + place

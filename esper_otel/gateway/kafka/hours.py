@@ -15,11 +15,12 @@ from esper_otel.gateway.hours.accounts import received_phases, step_times
 from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Origin
 from esper_otel.gateway.receive.request import PhasePoint
-from esper_otel.hours.account import Account, PhaseTimes, Times
+from esper_otel.hours.account import Account, PhaseTimes
 
 _MOST_PHASES = 64  # of a writer, beside the newest of each name, which has its totals
 _MOST_NAMES = 128
 _MOST_KNOTS = 160
+_MOST_LATEST = 16  # knots that wait to be packed: a knot of its own takes seven times as much memory
 _WIDER = 1.2  # how many times as far from the newest step the next knot is that stays
 _KNOT = np.dtype("<f8")
 _NO_KNOTS = np.zeros((0, 4), _KNOT)
@@ -69,7 +70,8 @@ class HoursOfWriter:
     """
 
     def __init__(self, known: WriterHours = NO_HOURS) -> None:
-        self._account = known.account()
+        self._account = replace(known.account(), knots=[])
+        self._knots = known.knots
         self._phases = {(phase.name, phase.end_unix_ns): phase for phase in known.phases}
 
     def add(self, frame: Frame) -> None:
@@ -77,8 +79,15 @@ class HoursOfWriter:
         last = self._account.last
         if last is None or frame.time_unix_ns > last.time_unix_ns:
             self._account.add_step(step_times(frame))
-            if len(self._account.knots) > _MOST_KNOTS:
-                self._account.knots = _spread(self._account.knots)
+            if len(self._account.knots) >= _MOST_LATEST:
+                self._pack()
+
+    def _pack(self) -> None:
+        latest = np.array([(step, *times) for step, times in self._account.knots], _KNOT).reshape(-1, 4)
+        self._knots = np.concatenate((self._knots, latest))
+        if len(self._knots) > _MOST_KNOTS:
+            self._knots = _spread(self._knots)
+        self._account.knots.clear()
 
     def add_phase(self, phase: PhaseTimes) -> None:
         """Adds what is known of a phase; one that is known already is completed."""
@@ -86,7 +95,7 @@ class HoursOfWriter:
         before = self._phases.pop(place, None)
         both = zip(phase, before or phase, strict=True)
         self._phases[place] = PhaseTimes(*(old if new is None else new for new, old in both))  # type: ignore[arg-type] # in order
-        if len(self._phases) > 2 * _MOST_PHASES:
+        if len(self._phases) > 2 * (_MOST_PHASES + _MOST_NAMES):
             self._phases = {(each.name, each.end_unix_ns): each for each in self._kept()}
 
     def _kept(self) -> list[PhaseTimes]:
@@ -106,25 +115,21 @@ class HoursOfWriter:
         account = self._account
         if not account.steps:
             return WriterHours({}, _NO_KNOTS, self._kept())
-        knots = np.array([(step, *times) for step, times in _spread(account.knots)], _KNOT).reshape(-1, 4)
-        return WriterHours(replace(account, knots=[]).as_json(), knots, self._kept())
+        self._pack()
+        return WriterHours(replace(account, knots=[]).as_json(), _spread(self._knots), self._kept())
 
 
-def _spread(knots: Sequence[tuple[int, Times]]) -> list[tuple[int, Times]]:
+def _spread(knots: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Returns some of the knots, each so much farther from the newest one than the one after it.
 
     Of those that are about as far, the farthest stays: a nearer one takes its place when it has moved on.
     """
-    if not knots:
-        return []
-    newest, before = knots[-1][0], -1
-    found: list[tuple[int, Times]] = []
-    for knot in knots[:-1]:
-        place = int(math.log(newest - knot[0] + 1, _WIDER))
-        if place != before:
-            found.append(knot)
-        before = place
-    return [*found, knots[-1]]
+    if not len(knots):
+        return knots
+    places = (np.log(knots[-1, 0] - knots[:, 0] + 1) / math.log(_WIDER)).astype(np.int64)
+    places[-1] = -1  # the newest one stays
+    spread: npt.NDArray[np.float64] = knots[np.diff(places, prepend=-2) != 0]
+    return spread
 
 
 def phases_of(points: Sequence[PhasePoint]) -> list[tuple[Origin, PhaseTimes]]:

@@ -11,8 +11,8 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,9 +28,11 @@ from esper_otel.gateway.kafka.brokers import (
     MemberEnds,
     meaning,
 )
+from esper_otel.gateway.kafka.group_watch import GroupWatch
 from esper_otel.gateway.kafka.partition_reader import PartitionReader, value_of
-from esper_otel.gateway.kafka.shard import BadRecord, Commit, RequestRecord, Shard
+from esper_otel.gateway.kafka.shard import BadRecord, Caches, Commit, RequestRecord, Shard
 from esper_otel.gateway.kafka.topic_records import (
+    FrameBatch,
     FrameWithLoss,
     UnknownForm,
     block_bytes,
@@ -39,7 +41,7 @@ from esper_otel.gateway.kafka.topic_records import (
     state_bytes,
     state_of,
 )
-from esper_otel.gateway.kafka.topics import TIER_KEY, Tier, check_unchanged, tier_bytes
+from esper_otel.gateway.kafka.topics import TIER_KEY, Tier, check_unchanged, largest_records, tier_bytes
 from esper_otel.gateway.limits import Limits
 from esper_otel.log import Warnings, announce
 
@@ -51,7 +53,6 @@ _TIDY_EVERY_S = 60.0
 _LAG_EVERY_S = 1.0
 _AGAIN_S = 1.0
 _TRANSACTION_S, _STUCK_S = 30.0, 120.0
-_WRITERS, _KEPT_BYTES, _WAITING_POINTS = 20_000, 2**30, 16_000_000
 _AWAY_S = 120.0
 _STABLE_S = 5.0  # longer than a transaction may take
 _HEARTBEATS = 5  # within a session
@@ -86,20 +87,24 @@ class _OutgoingRecord(NamedTuple):
         return len(self.key) + len(self.value)
 
 
+# More than a gateway has: of writers in each partition, and of points that wait, some 40 bytes each, in all partitions.
+MEMBER_LIMITS = Limits(runs=20_000, waiting_points=8_000_000)
+
+
 @dataclass(frozen=True, slots=True)
 class MemberOptions:
     """How a member works.
 
     Attributes:
         name: its own name in the group; after a restart under the same name it goes on with the same partitions.
-        limits: limits on senders; for members, there is room for more ranks in any case.
+        limits: limits on senders. What they allow for frames is divided among the partitions that the member has.
         hold_s: how long a frame waits for points, or for frames before it.
         linger_s: how long a frame without a point count waits for further points.
         idle_s: after so long without a step, a writer is forgotten.
     """
 
     name: str
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = MEMBER_LIMITS
     hold_s: float = 2.0
     linger_s: float = 0.05
     idle_s: float = 24 * 3600.0
@@ -110,7 +115,7 @@ class _BeginAnew(Exception):
 
 
 class _GroupChanged(_BeginAnew):
-    """It failed since the group was changing.
+    """It failed since the group was changing, or partitions have no member.
 
     If the member came back at once under its name, the brokers would give it what it had been given last, and ask
     nobody: partitions that it was about to hand over would have no member. So it stays away until it is missed.
@@ -132,18 +137,15 @@ class Member:
 
     def __init__(self, connection: Brokers, tier: Tier, options: MemberOptions) -> None:
         self._connection, self._tier, self._options = connection, tier, options
-        self._limits = replace(
-            options.limits,
-            runs=max(_WRITERS, options.limits.runs),
-            kept_bytes=_KEPT_BYTES // tier.partitions,
-            waiting_points=_WAITING_POINTS // tier.partitions,
-        )
+        self._limits = options.limits
+        self._caches = Caches.of(self._limits)
         self._stop = threading.Event()
         self._shards: dict[int, Shard] = {}
         self._states_s = self._tidied_s = time.monotonic()
         self._turns: set[int] = set()  # partitions whose states have been written lately
         self._cycle_s = -math.inf
         self._warnings = Warnings()
+        self._group = GroupWatch(connection, group_of(tier), tier.topics.otlp, tier.partitions, options.name)
         self._has_joined = False
         self._lag, self._lag_s = 0, 0.0
         self._called_s = math.inf  # since when a call has waited that librdkafka may not end
@@ -152,7 +154,8 @@ class Member:
         self._ended_counts: Counter[str] = Counter()
         self._ended_rejected: Counter[str] = Counter()
         self._own: Counter[str] = Counter()
-        self._most: dict[str, int] = {}  # of topics that allow less than ``MOST_RECORD_BYTES``
+        self._most: dict[str, int] = {}  # of topics whose brokers have refused less than ``MOST_RECORD_BYTES``
+        self._allowed: dict[str, int] = {}  # what topics are set to allow
         self._has_batches = True
         self._is_refused = False
         self._unreadable: dict[int, int] = {}  # partitions that are left alone, with the offsets that are committed
@@ -196,7 +199,12 @@ class Member:
         self._is_leaving, self._fault = False, None
         name, topics = self._options.name, self._tier.topics
         self._tail = PartitionReader(self._connection)
-        self._producer: Producer = self._connection.producer(f"{topics.frames}-{name}", has_batches=self._has_batches)
+        self._allowed = largest_records(self._connection, (topics.frames, topics.runs, topics.dead))
+        self._producer: Producer = self._connection.producer(
+            f"{topics.frames}-{name}",
+            most_bytes=min(self._allowed.values(), default=MOST_RECORD_BYTES),
+            has_batches=self._has_batches,
+        )
         self._consumer: Consumer = self._connection.consumer(
             **{
                 "group.id": group_of(self._tier),
@@ -241,23 +249,37 @@ class Member:
         if self._is_leaving:
             return
         self._has_joined = True
+        share = self._share(len(self._shards) + len(partitions))
         try:
             begins: list[TopicPartition] = []
             for place in self._committed(consumer, partitions):
                 offset = place.offset if place.offset >= 0 else OFFSET_BEGINNING
                 begins.append(TopicPartition(place.topic, place.partition, offset))
                 try:
-                    self._shards[place.partition] = self._restored(consumer, place)
+                    self._shards[place.partition] = self._restored(consumer, place, share)
                 except UnknownForm as error:
                     self._leave_alone(place, error)
             consumer.incremental_assign(begins)  # with offsets: it would wait for an open transaction itself
             if alone := [place for place in partitions if place.partition in self._unreadable]:
                 consumer.pause(alone)
+            self._divide()
         except (EsperOtelError, KafkaException) as error:  # librdkafka's own code lies between here and _cycle
             self._fault = error
             return
         if partitions:
             announce("kafka member", f"works on partitions {', '.join(map(str, sorted(self._shards)))}")
+
+    def _share(self, partitions: int) -> Limits:
+        """Returns how much memory each of so many partitions may take for frames: the member's is the same for all."""
+        count = max(partitions, 1)
+        kept, waiting = self._limits.kept_bytes // count, self._limits.waiting_points // count
+        return replace(self._limits, kept_bytes=max(kept, 1), waiting_points=max(waiting, 1))
+
+    def _divide(self) -> None:
+        """Divides memory among the partitions that there are now."""
+        share = self._share(len(self._shards))
+        for shard in self._shards.values():
+            shard.limit(share)
 
     def _committed(self, consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
         """Returns what is committed for partitions, with its metadata.
@@ -279,19 +301,13 @@ class Member:
         self._warnings.say("unstable", message, group_of(self._tier))
         return found
 
-    def _restored(self, consumer: Consumer, place: TopicPartition) -> Shard:
+    def _restored(self, consumer: Consumer, place: TopicPartition, limits: Limits) -> Shard:
         """Returns a shard with the state that the topics have, and sets nothing else."""
         partition, topics, options = place.partition, self._tier.topics, self._options
-        shard = Shard(partition, limits=self._limits, hold_s=options.hold_s, linger_s=options.linger_s)
-        states = {}
-        for message in self._tail.read(topics.runs, partition):
-            key, value = message.key(), value_of(message)
-            if key == TIER_KEY or key is None:
-                continue
-            if value:
-                states[key] = state_of(key, value)
-            else:
-                states.pop(key, None)
+        times = {"hold_s": options.hold_s, "linger_s": options.linger_s}
+        shard = Shard(partition, limits=limits, **times, caches=self._caches)
+        newest = {message.key(): value_of(message) for message in self._tail.read(topics.runs, partition)}
+        states = [state_of(key, value) for key, value in newest.items() if key not in (TIER_KEY, None) and value]
         committed = Commit.of(place.offset, place.metadata or "")
         first = OFFSET_BEGINNING if committed is None else committed.first
         shard.buried = [] if committed is None else list(committed.buried)
@@ -301,7 +317,7 @@ class Member:
             begins = message.offset() if begins is None else begins
             blocks.append(block_of(message.key() or b"", value_of(message)))
         end = self._tail.end
-        shard.restore(states.values(), blocks, (end if begins is None else begins, end), time.monotonic())
+        shard.restore(states, blocks, (end if begins is None else begins, end), time.monotonic())
         if place.offset >= 0:
             low, _ = consumer.get_watermark_offsets(TopicPartition(topics.otlp, partition), timeout=_TRANSACTION_S)
             if low > place.offset:
@@ -337,6 +353,7 @@ class Member:
             if shard is not None:
                 self._ended_counts.update(shard.counts)
                 self._ended_rejected.update(shard.rejected)
+        self._divide()
 
     # -- work --------------------------------------------------------------------------------------------
 
@@ -373,6 +390,9 @@ class Member:
         if now_s - self._tidied_s > _TIDY_EVERY_S:
             self._tidied_s = now_s
             self._tidy()
+        if left := self._group.left(now_s):
+            given = ", ".join(map(str, sorted(left)))
+            raise _GroupChanged(f"partitions {given} have no member: this one lets the group divide them again")
 
     def _turn(self, now_s: float) -> set[int]:
         """Returns the partitions whose turn it is to have all states written: all of them within a few seconds.
@@ -454,18 +474,23 @@ class Member:
     def _released(self, shard: Shard, now_s: float, *, of_all: bool) -> list[_OutgoingRecord]:
         """Returns what a shard has to write: frames, and then states."""
         topics, partition = self._tier.topics, shard.partition
-        records = [
-            _OutgoingRecord(
-                topics.frames, partition, key_of(block.origin), block_bytes(block), shard, _steps_of(block.frames)
-            )
-            for block in shard.release(now_s)
-        ]
+        records = [record for block in shard.release(now_s) for record in self._fitting(block, shard)]
         for known in shard.states(of_all=of_all):
             record = _OutgoingRecord(topics.runs, partition, key_of(known.state.origin), state_bytes(known))
-            if record.size > self._most_of(topics.runs):  # a takeover can do without the frame
+            if record.size > self._room_of(topics.runs):  # a takeover can do without the frame
                 record = record._replace(value=state_bytes(known._replace(newest=None)))
             records.append(record)
         return records
+
+    def _fitting(self, block: FrameBatch, shard: Shard) -> Iterator[_OutgoingRecord]:
+        """Yields the records of a block, in order: more than one if the topic does not allow one of its size."""
+        topic, key = self._tier.topics.frames, key_of(block.origin)
+        record = _OutgoingRecord(topic, shard.partition, key, block_bytes(block), shard, _steps_of(block.frames))
+        if record.size <= self._room_of(topic) or len(block.frames) == 1:
+            yield record
+        else:
+            for half in block.halves():
+                yield from self._fitting(half, shard)
 
     def _send(self, offsets: list[TopicPartition]) -> None:
         """Adds offsets to the transaction. It can take for ever: see ``Connection.producer`` and ``is_stuck``."""
@@ -555,6 +580,10 @@ class Member:
     def _most_of(self, topic: str) -> int:
         """Returns how large a record of a topic may be, in bytes."""
         return self._most.get(topic, MOST_RECORD_BYTES)
+
+    def _room_of(self, topic: str) -> int:
+        """Returns how large a record of a topic should be at most; a larger one fits if it can be compressed."""
+        return min(self._allowed.get(topic, MOST_RECORD_BYTES), self._most_of(topic))
 
     def _buried(self, partition: int, poisoned: BadRecord) -> _OutgoingRecord:
         """Returns the record with which one that cannot be used is kept."""

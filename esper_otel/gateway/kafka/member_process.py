@@ -10,16 +10,17 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
 
 from esper_otel.errors import ConfigurationError
-from esper_otel.gateway.command import limits_of, ports_of
 from esper_otel.gateway.kafka.brokers import Brokers
-from esper_otel.gateway.kafka.member import Member, MemberOptions
+from esper_otel.gateway.kafka.member import MEMBER_LIMITS, Member, MemberOptions
 from esper_otel.gateway.kafka.metrics import member_text
 from esper_otel.gateway.kafka.topics import tier_at
+from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.options import limits_of, ports_of
 from esper_otel.gateway.serve.http_port import is_own_host, runner_of
 from esper_otel.gateway.serve.ports import Ports
 from esper_otel.log import Warnings, announce
@@ -55,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
         tier,
         MemberOptions(
             name,
-            limits=limits_of(options.limit)[0],
+            limits=_limits_of(options.limit),
             hold_s=options.hold,
             linger_s=options.linger,
             idle_s=options.keep_hours * 3600,
@@ -64,6 +65,21 @@ def main(options: argparse.Namespace) -> int:
     return asyncio.run(
         _work(member, ports, f"{name}, {tier.partitions} partitions of {tier.topics.otlp}", options.json)
     )
+
+
+def _limits_of(given: Sequence[str]) -> Limits:
+    """Returns the limits of a member.
+
+    Raises:
+        ConfigurationError: an option cannot be used.
+    """
+    own = [f"{name}={getattr(MEMBER_LIMITS, name)}" for name in ("runs", "waiting_points")]
+    limits, others = limits_of([*own, *given])
+    if others != limits_of([])[1]:
+        raise ConfigurationError(
+            f"--limit: {', '.join(others)} do not go with --kafka: a member has neither a store nor pullers"
+        )
+    return limits
 
 
 async def _work(member: Member, ports: Ports, what: str, as_json: bool) -> int:

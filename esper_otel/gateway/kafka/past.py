@@ -16,10 +16,10 @@ from esper_otel.gateway.kafka.entries import Entry, entries_of
 from esper_otel.gateway.kafka.topic_readers import record_of
 from esper_otel.gateway.kafka.topics import Tier
 
-_AT_ONCE = 1_000
+_AT_ONCE = 200
 _UNUSED_S = 30.0
 _CHUNK_S = 0.5
-_MOST_BUFFERED = 2_000
+_MOST_BUFFERED, _FEWEST = 4_000, 100  # frames: in all, and of a partition
 
 
 class PastRead(NamedTuple):
@@ -51,9 +51,7 @@ class PastReader:
         self, connection: Brokers, tier: Tier, run_id: str, rank: int | None, stands: Mapping[int, Stand]
     ) -> None:
         self._topic, self._run_id, self._rank = tier.topics.frames, run_id, rank
-        self._consumer: Consumer = connection.consumer(
-            **{"enable.partition.eof": True, "queued.max.messages.kbytes": 16_384}
-        )
+        self._consumer: Consumer = connection.consumer(**{"enable.partition.eof": True})
         self._stands = dict(stands)
         self._entries: dict[int, deque[tuple[int, Entry]]] = {partition: deque() for partition in stands}
         self._read: dict[int, int] = {partition: stand.offset for partition, stand in stands.items()}
@@ -109,7 +107,8 @@ class PastReader:
 
     def _pause(self, lacking: Sequence[int]) -> None:
         """Lets those partitions wait of which much has been read."""
-        full = {partition for partition, waiting in self._entries.items() if len(waiting) > _MOST_BUFFERED}
+        most = max(_MOST_BUFFERED // len(self._entries), _FEWEST)
+        full = {partition for partition, waiting in self._entries.items() if len(waiting) > most}
         if new := full - self._paused:
             self._consumer.pause([TopicPartition(self._topic, partition) for partition in new])
         if over := {partition for partition in self._paused if partition in lacking}:
@@ -146,7 +145,7 @@ class PastReaders:
         most: how many are kept.
     """
 
-    def __init__(self, most: int = 16) -> None:
+    def __init__(self, most: int = 8) -> None:
         self._most = most
         self._readers: OrderedDict[str, PastReader] = OrderedDict()
 

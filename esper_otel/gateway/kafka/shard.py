@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from esper_otel.gateway.items import Item, Origin, Place, RunState
-from esper_otel.gateway.kafka.hours import HoursOfWriter, phases_of
+from esper_otel.gateway.kafka.hours import NO_HOURS, HoursOfWriter, phases_of
 from esper_otel.gateway.kafka.topic_records import (
     MOST_BYTES,
     MOST_FRAMES,
+    NO_DURATIONS,
     Counts,
     Durations,
     FrameBatch,
@@ -28,6 +29,7 @@ from esper_otel.gateway.kafka.topic_records import (
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.ranks import durations_of
 from esper_otel.gateway.rebuild.assembler import Assembler
+from esper_otel.gateway.rebuild.shapes import PartShapes
 from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.gateway.receive.log_records import decode_logs
 from esper_otel.gateway.receive.request import Malformed, TooLarge
@@ -39,6 +41,18 @@ _JOINED_BYTES = 512 * 1024
 _MOST_DURATIONS = 64
 _KINDS = 4
 _MOST_BURIED = 100
+
+
+class Caches(NamedTuple):
+    """What makes reading requests fast, and takes memory for what is the same in all partitions."""
+
+    decoder: Decoder
+    shapes: PartShapes
+
+    @classmethod
+    def of(cls, limits: Limits) -> Caches:
+        """Returns empty ones."""
+        return cls(Decoder(limits), PartShapes())
 
 
 class RequestRecord(NamedTuple):
@@ -100,10 +114,35 @@ class _WaitingRecords(NamedTuple):
     end: int
 
 
+class _NewestDurations:
+    """Durations of the newest steps of a writer."""
+
+    __slots__ = ("_count", "_steps", "_times")
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._steps = np.zeros(_MOST_DURATIONS, np.uint64)
+        self._times = np.zeros((_MOST_DURATIONS, _KINDS), np.float32)
+
+    def add(self, step: int, times: Sequence[float]) -> None:
+        place = self._count % _MOST_DURATIONS
+        self._steps[place], self._times[place] = step, times
+        self._count += 1
+
+    def extend(self, durations: Durations) -> None:
+        for step, times in zip(durations.steps.tolist(), durations.times.tolist(), strict=True):
+            self.add(step, times)
+
+    def all(self) -> Durations:
+        """Returns them, oldest first."""
+        places = np.arange(max(self._count - _MOST_DURATIONS, 0), self._count) % _MOST_DURATIONS
+        return Durations(self._steps[places], self._times[places])
+
+
 class _Memory:
     """What a shard keeps of a writer beside the assembler."""
 
-    __slots__ = ("before", "count", "durations", "hours", "last", "loss", "newest", "place", "since", "steps")
+    __slots__ = ("before", "count", "durations", "hours", "last", "loss", "newest", "place", "since")
 
     def __init__(self, since: int) -> None:
         self.since = self.last = since
@@ -112,8 +151,7 @@ class _Memory:
         self.newest: FrameWithLoss | None = None
         self.place: Place | None = None
         self.before: RunState | None = None
-        self.steps: deque[int] = deque(maxlen=_MOST_DURATIONS)
-        self.durations: deque[Sequence[float]] = deque(maxlen=_MOST_DURATIONS)
+        self.durations = _NewestDurations()
         self.hours = HoursOfWriter()
 
     def note(self, released: FrameWithLoss) -> None:
@@ -123,8 +161,7 @@ class _Memory:
         if self.newest is None or frame.time_unix_ns >= self.newest.item.frame.time_unix_ns:
             self.newest = released
         if released.item.revision == 1:
-            self.steps.append(frame.global_step)
-            self.durations.append(durations_of(frame))
+            self.durations.add(frame.global_step, durations_of(frame))
             self.hours.add(frame)
 
     def received_unix_ns(self, state: RunState | None) -> int:
@@ -138,8 +175,7 @@ class _Memory:
         self.before, self.newest, self.place = known.state, known.newest, known.place
         self.hours = HoursOfWriter(known.hours)
         self.loss = None if known.newest is None else loss_of(known.newest.item.frame)
-        self.steps.extend(known.durations.steps.tolist())
-        self.durations.extend(known.durations.times.tolist())
+        self.durations.extend(known.durations)
 
 
 class Shard:
@@ -150,6 +186,7 @@ class Shard:
         limits: limits on senders.
         hold_s: how long a frame waits for points, or for frames before it.
         linger_s: how long a frame without a point count waits for further points.
+        caches: what a member's shards share.
 
     Attributes:
         end: the offset at which the topic of frames ends.
@@ -160,7 +197,9 @@ class Shard:
         buried: offsets of records that could not be used, from the committed offset on.
     """
 
-    def __init__(self, partition: int, *, limits: Limits, hold_s: float, linger_s: float) -> None:
+    def __init__(
+        self, partition: int, *, limits: Limits, hold_s: float, linger_s: float, caches: Caches | None = None
+    ) -> None:
         self.partition = partition
         self.end: int = 0
         self.checked: int = 0
@@ -169,8 +208,8 @@ class Shard:
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self._limits = limits
-        self._decoder = Decoder(limits)
-        self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
+        self._decoder, shapes = caches or Caches.of(limits)
+        self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall, shapes=shapes)
         self._waiting: deque[_WaitingRecords] = deque()
         self._next: int | None = None
         self._of_run: Counter[str] = Counter()
@@ -219,6 +258,10 @@ class Shard:
         if taken.crowded:
             return [BadRecord(group[0], f"there is no room for run {taken.crowded[0]!r}: too many writers are active")]
         return []
+
+    def limit(self, limits: Limits) -> None:
+        """Changes how much memory it may take."""
+        self._assembler.limit(limits)
 
     def due(self) -> float | None:
         """Returns when ``release`` must be called next, on the monotonic clock."""
@@ -289,13 +332,17 @@ class Shard:
         state = state or memory.before or RunState(origin, 1, "", None, None, 0, 0)
         memory.last = self.end
         counts = Counts(memory.count, self._of_rank[origin.run_id, origin.rank], self._of_run[origin.run_id])
-        durations = Durations(
-            np.array(memory.steps, np.uint64), np.array(memory.durations, np.float32).reshape(-1, _KINDS)
-        )
         place = memory.place or Place(origin, None, None, 0, says_step=False, says_epoch=False, holes=())
         known = merged_state(state, memory.before if state is not memory.before else None)
         return WriterState(
-            known, place, memory.newest, counts, memory.since, memory.last, durations, memory.hours.written()
+            known,
+            place,
+            memory.newest,
+            counts,
+            memory.since,
+            memory.last,
+            memory.durations.all(),
+            memory.hours.written(),
         )
 
     def committed(self) -> Commit | None:
@@ -330,7 +377,7 @@ class Shard:
         for known in states:
             origin = known.state.origin
             if known.is_of_steps:
-                self._restored[origin] = known
+                self._restored[origin] = known._replace(durations=NO_DURATIONS, hours=NO_HOURS)
             self._memory(origin).restore(known)
             self._note_numbers(origin, known.counts.of_run, known.counts.of_rank)
         self._at_once.clear()
@@ -401,7 +448,16 @@ class Shard:
         for origin in gone:
             del self._writers[origin]
             self._restored.pop(origin, None)
+        if gone:
+            self._forget_numbers()
         return gone
+
+    def _forget_numbers(self) -> None:
+        """Forgets how many frames there were of ranks and runs that have no writer any more: theirs begin anew."""
+        runs = {origin.run_id for origin in self._writers}
+        ranks = {(origin.run_id, origin.rank) for origin in self._writers}
+        self._of_run = Counter({run_id: count for run_id, count in self._of_run.items() if run_id in runs})
+        self._of_rank = Counter({rank: count for rank, count in self._of_rank.items() if rank in ranks})
 
     @property
     def writers(self) -> int:
@@ -426,7 +482,7 @@ def _check_no_events(value: bytes, limits: Limits) -> None:
     except (Malformed, TooLarge):
         return  # they are metrics: the same bytes are not valid as log records, or mean nothing
     if decoded.events or decoded.refused:
-        raise Malformed("log records with events of runs: a tier on Kafka keeps none")
+        raise Malformed("log records with events of runs: they belong in the topic of events")
 
 
 def _joined(records: Sequence[RequestRecord]) -> Iterator[list[RequestRecord]]:

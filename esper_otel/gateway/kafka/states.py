@@ -12,10 +12,10 @@ from esper_otel.gateway.hours.accounts import summing
 from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.kafka.hours import NO_HOURS, WriterHours, joined, merged
-from esper_otel.gateway.kafka.topic_records import WriterState
+from esper_otel.gateway.kafka.topic_records import NO_DURATIONS, WriterState
 from esper_otel.gateway.ranks import Ranks
 from esper_otel.gateway.rebuild.launches import with_resumed
-from esper_otel.hours.account import Account
+from esper_otel.hours.account import Account, PhaseTimes
 from esper_otel.hours.bar import RunHours
 
 # A writer that has sent nothing for this long may be dead; see ``rebuild.runs``.
@@ -53,8 +53,7 @@ class KnownStates:
         if len(known.durations.steps):
             self.ranks.note_durations(known.state, known.durations.steps, known.durations.times.astype(float))
         origin = known.state.origin
-        empty = known.durations._replace(steps=known.durations.steps[:0], times=known.durations.times[:0])
-        kept = known._replace(newest=None, durations=empty, hours=NO_HOURS)
+        kept = known._replace(newest=None, durations=NO_DURATIONS, hours=NO_HOURS)
         self._hours.setdefault(origin.run_id, {})[WriterKey(partition, origin)] = known.hours
         if known.is_of_steps:
             self._runs.setdefault(origin.run_id, {})[WriterKey(partition, origin)] = kept
@@ -84,12 +83,11 @@ class KnownStates:
         for (_, origin), hours in of_run.items():
             by_origin.setdefault(origin, []).append(hours)
         yield
-        phases = [
-            (AttemptRank(origin.rank, origin.attempt), phase)
-            for origin, some in sorted(by_origin.items(), key=lambda each: (each[0].rank, each[0].attempt))
-            for hours in some
-            for phase in hours.phases
-        ]
+        phases: list[tuple[AttemptRank, PhaseTimes]] = []
+        for origin, some in sorted(by_origin.items(), key=lambda each: (each[0].rank, each[0].attempt)):
+            writer = AttemptRank(origin.rank, origin.attempt)
+            phases += [(writer, phase) for hours in some for phase in hours.phases]
+            yield
         accounts = {}
         for number, (origin, some) in enumerate(by_origin.items()):
             accounts[origin] = merged(each.account() for each in some)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from functools import partial
 from confluent_kafka import KafkaException
 
 from esper_otel.errors import StaleCursor, UnknownRun
-from esper_otel.gateway.core import Core
+from esper_otel.gateway.events.run_events import RunEvents
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Origin
@@ -22,14 +23,16 @@ from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_stands
 from esper_otel.gateway.kafka.entries import Entry, FetchedEntries, Record, entries_of
 from esper_otel.gateway.kafka.past import PastReader, PastReaders
 from esper_otel.gateway.kafka.states import KnownStates
-from esper_otel.gateway.kafka.topic_readers import NewState, StateReader, Tail, TailReader
+from esper_otel.gateway.kafka.topic_readers import EventTopicReader, NewEvents, NewState, StateReader, Tail, TailReader
 from esper_otel.gateway.kafka.topic_records import NewerForm
 from esper_otel.gateway.kafka.topics import Tier
-from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page
-from esper_otel.gateway.security import BadRequest, Grant
+from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.pages import FREE, Bounds, PulledPage, packets_after, packets_of, page
+from esper_otel.gateway.pull_core import PullCore, events_of
+from esper_otel.gateway.security import BadRequest, Grant, check_puller
 from esper_otel.gateway.store.base import NewData, Store, StoredFrame, StoredPage, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
-from esper_otel.gateway.turns import Turn, pause
+from esper_otel.gateway.turns import Turn, in_turns, pause
 from esper_otel.hours.account import Account
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Page
@@ -47,10 +50,13 @@ _NEWER = (
     "a newer esper-otel has written steps of run {!r}, which this server cannot read: update it, or pull from another"
 )
 _VIEWED, _VIEW_BYTES, _READ_AT_ONCE, _VIEWED_S = 16, 64 * 1024 * 1024, 500, 300.0
+_ALL_VIEW_BYTES = 3 * _VIEW_BYTES
+_MOST_EVENTS_OF_A_RECORD = 2**17  # more than there can be: positions follow from offsets, at each server the same
+_MOST_NEWS = 8  # batches of states that wait to be noted
 
 
 class TierStore(Store):
-    """What ``Core`` asks a store, answered from the topic of states. Frames are fetched for each request instead."""
+    """What ``PullCore`` asks a store, answered from the topic of states. Each request fetches its frames itself."""
 
     def __init__(self, known: KnownStates, size: Callable[[], int]) -> None:
         super().__init__()
@@ -93,14 +99,14 @@ class TierStore(Store):
         return {"tail bytes": (float(self._size()), float(_MOST_TAIL_BYTES))}
 
 
-class TierCore(Core):
+class TierCore(PullCore):
     """Answers pullers from the topics of a tier.
 
     Args:
         connection: the way to the brokers.
         tier: the topics.
         rules: the risk rules.
-        latency_budget_ms: see ``Core``.
+        latency_budget_ms: see ``PullCore``.
     """
 
     def __init__(
@@ -108,9 +114,10 @@ class TierCore(Core):
     ) -> None:
         self._known = KnownStates()
         self._tails: dict[int, Tail] = {}
-        super().__init__(TierStore(self._known, self._size), rules=rules, latency_budget_ms=latency_budget_ms)
+        store = TierStore(self._known, self._size)
+        super().__init__(store, self._known, rules=rules, latency_budget_ms=latency_budget_ms)
+        self._events = RunEvents(None, Limits(), self.counts, self._warnings, life=tier.of_events or None)
         self._connection, self._tier = connection, tier
-        self._states = self._known
         self._ranks = self._known.ranks
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._past = PastReaders()
@@ -118,12 +125,15 @@ class TierCore(Core):
         self._newer: set[str] = set()  # runs of which a newer version has written something
         self._unread = set(range(tier.partitions))
         self._news_of: asyncio.Queue[tuple[list[NewState], set[int]]] = asyncio.Queue()
+        self._room_for_news = threading.Semaphore(_MOST_NEWS)
+        self._has_unread_events = True
+        self._events_read: asyncio.Queue[tuple[list[NewEvents], bool]] = asyncio.Queue()
+        self._room_for_events = threading.Semaphore(_MOST_NEWS)
         self._tasks: set[asyncio.Task[None]] = set()
         self._tier_warnings = Warnings()
 
     def start(self) -> None:
         """Starts reading; call it in the event loop."""
-        super().start()
         loop = asyncio.get_running_loop()
 
         def soon(call: Callable[..., None], *arguments: object) -> None:
@@ -134,29 +144,49 @@ class TierCore(Core):
         self._state_reader = StateReader(
             self._connection,
             self._tier,
-            lambda states, ends: soon(self._news_of.put_nowait, (states, ends)),
+            self._hand_over,
             lambda lows: soon(self._known.lows.update, lows),
         )
         self._tail_reader = TailReader(self._connection, self._tier, lambda records: soon(self._add, records))
+        self._event_reader = EventTopicReader(self._connection, self._tier, self._hand_events_over)
         self._state_reader.start()
         self._tail_reader.start()
-        for work in (self._note_states(), self._tidy_tails()):
+        self._event_reader.start()
+        for work in (self._note_states(), self._note_events(), self._tidy_tails()):
             self._tasks.add(loop.create_task(work))
+
+    def _hand_over(self, states: list[NewState], ends: set[int]) -> None:
+        """Hands states from the thread that read them to the event loop; waits while many have not been noted."""
+        self._room_for_news.acquire(timeout=_ANSWER_S)
+        self._soon(self._news_of.put_nowait, (states, ends))
+
+    def _hand_events_over(self, events: list[NewEvents], is_end: bool) -> None:
+        """Likewise, events."""
+        self._room_for_events.acquire(timeout=_ANSWER_S)
+        self._soon(self._events_read.put_nowait, (events, is_end))
+
+    def close(self) -> None:
+        """Answers waiting pullers; the readers have ended."""
+        self.end_waiting()
+        self._events.close()
 
     async def stop(self) -> None:
         """Ends the readers; call it before ``close``."""
+        for room in (self._room_for_news, self._room_for_events):
+            room.release(_MOST_NEWS)  # nobody notes anything any more
         for task in self._tasks:
             task.cancel()
         for viewed in self._viewed.values():
             viewed.close()
-        closing = [self._state_reader.close, self._tail_reader.close, *(reader.close for reader in self._past.all())]
+        readers = (self._state_reader, self._tail_reader, self._event_reader)
+        closing = [*(reader.close for reader in readers), *(reader.close for reader in self._past.all())]
         for close in closing:
             await asyncio.to_thread(close)
 
     @property
     def is_ready(self) -> bool:
-        """Whether the states of all runs have been read once."""
-        return not self._unread
+        """Whether the states of all runs and their events have been read once."""
+        return not self._unread and not self._has_unread_events
 
     # -- what arrives ------------------------------------------------------------------------------------
 
@@ -174,6 +204,7 @@ class TierCore(Core):
                 if turn.is_over:
                     await pause()
                     turn = Turn()
+            self._room_for_news.release()
             self._unread -= ends
             runs = {each.origin.run_id for each in states}
             self.changed.note(runs)
@@ -206,13 +237,14 @@ class TierCore(Core):
             for partition in [each for each, tail in self._tails.items() if now_s - tail.used_s > _UNUSED_S]:
                 del self._tails[partition]
                 self._tail_reader.leave(partition)
+            self._events.drop((), self._store.holds)  # those of which nothing else is known, after a day
             for reader in self._past.unused():
                 await asyncio.to_thread(reader.close)
             for key in [key for key, viewed in self._viewed.items() if now_s - viewed.used_s > _VIEWED_S]:
                 self._viewed.pop(key).close()
 
     def _accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
-        """Returns them as they were up to five seconds ago. See ``Core``."""
+        """Returns them as they were up to five seconds ago. See ``PullCore``."""
         return self._known.hours(run_id)
 
     # -- pulling -----------------------------------------------------------------------------------------
@@ -231,7 +263,7 @@ class TierCore(Core):
         return found
 
     async def packets(self, run_id: str, cursor: str, most: int) -> Page:
-        """Returns the steps after a cursor, for a reader in this process. See ``Core``."""
+        """Returns the steps after a cursor, for a reader in this process. See ``PullCore``."""
         fetched = await self.fetch(run_id, cursor, PullSelection(), most)
         made = partial(packets_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
         found = await packets_after(fetched, run_id, fetched.first, most, made, self._clock_ns)
@@ -369,15 +401,28 @@ class TierCore(Core):
             await asyncio.to_thread(each.close)
         return FetchedEntries(self._tier.generation, wanted, stands, read.entries, later), later
 
-    async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:  # noqa: ARG002
-        """Refuses: a tier has no events.
+    async def events(self, request: EventsRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> EventsResponse:
+        """Returns the events after a cursor. See ``PullCore``.
 
         Raises:
-            BadRequest: in any case.
+            Busy: they have not all been read yet.
         """
-        raise BadRequest(
-            "a tier on Kafka keeps no events: send them to an esper-otel gateway, and pull them from there"
-        )
+        if self._has_unread_events:
+            check_puller(request.run_id, grant)
+            raise Busy("the events of the runs have not all been read yet")
+        return await super().events(request, grant, bounds)
+
+    async def _note_events(self) -> None:
+        while True:
+            records, is_end = await self._events_read.get()
+            for offset, logs in records:
+                taking = self._events.taking(logs.events, "", offset * _MOST_EVENTS_OF_A_RECORD + 1)
+                refused = await in_turns(taking)
+                refused.update(logs.refused)
+                self._events.note(refused, logs.ignored)
+            self._room_for_events.release()
+            self._has_unread_events &= not is_end
+            self.wake(events_of(event.sender.run.run_id) for _, logs in records for event in logs.events)
 
     def _check_shard(self, request: PullRequest) -> None:
         if request.shards and (request.HasField("rank") or request.shard >= request.shards):
@@ -416,6 +461,11 @@ class TierCore(Core):
         viewed.used_s = time.monotonic()
         return viewed
 
+    def trim_views(self) -> None:
+        """Drops the ranks that were looked at longest ago if all take too much memory together."""
+        while len(self._viewed) > 1 and sum(each.store.size for each in self._viewed.values()) > _ALL_VIEW_BYTES:
+            self._viewed.popitem(last=False)[1].close()
+
 
 class ViewedRank:
     """The steps of a rank that somebody looks at on the live page, read into memory.
@@ -444,6 +494,7 @@ class ViewedRank:
                 fetched = await self._core.fetch(self._run_id, cursor, wanted, _READ_AT_ONCE)
                 after = fetched.after(self._run_id, fetched.first, self._rank, len(fetched))
                 self.store.add(entry.item for entry in after.entries)
+                self._core.trim_views()
                 found, cursor = after.entries, after.cursor
             if found:
                 self._core.changed.note([self._run_id])

@@ -21,6 +21,9 @@ from esper_otel.gateway.kafka.entries import Record
 from esper_otel.gateway.kafka.partition_reader import value_of
 from esper_otel.gateway.kafka.topic_records import NewerForm, UnknownForm, WriterState, origin_of, state_of
 from esper_otel.gateway.kafka.topics import TIER_KEY, Tier
+from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.receive.log_records import DecodedLogs, decode_logs
+from esper_otel.gateway.receive.request import Malformed, TooLarge
 from esper_otel.log import Warnings
 
 _POLL_S = 0.1
@@ -127,18 +130,17 @@ class StateReader(_ReadingThread):
         self._consumer.assign([TopicPartition(runs, each, OFFSET_BEGINNING) for each in range(self._tier.partitions)])
 
     def _work(self) -> None:
-        states, ends = [], set()
+        newest: dict[tuple[int, bytes], Message] = {}
+        ends: set[int] = set()
         for message in self._polled():
             error = message.error()
-            if error is not None:
-                if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - public, but for its name
-                    ends.add(message.partition() or 0)
-                else:
-                    self._say(error)
-                continue
-            state = self._state(message)
-            if state is not None:
-                states.append(state)
+            if error is None:  # many are of the same writers when a server starts
+                newest[message.partition() or 0, message.key() or b""] = message
+            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - public, but for its name
+                ends.add(message.partition() or 0)
+            else:
+                self._say(error)
+        states = [state for state in map(self._state, newest.values()) if state is not None]
         if states or ends:
             self._found(states, ends)
         if time.monotonic() > self._lows_s:
@@ -168,6 +170,52 @@ class StateReader(_ReadingThread):
                 place = TopicPartition(self._tier.topics.frames, partition)
                 found[partition], _ = self._consumer.get_watermark_offsets(place, timeout=_ASKED_S)
         return found
+
+
+class NewEvents(NamedTuple):
+    """A record of the topic of events."""
+
+    offset: int
+    logs: DecodedLogs
+
+
+class EventTopicReader(_ReadingThread):
+    """Reads the topic of events, all of it, and then what is new.
+
+    Args:
+        connection: the way to the brokers.
+        tier: the topics.
+        found: called in the thread with new events, and whether the end was reached.
+    """
+
+    def __init__(self, connection: Brokers, tier: Tier, found: Callable[[list[NewEvents], bool], None]) -> None:
+        super().__init__(connection, "kafka-events", **{"enable.partition.eof": True})
+        self._topic, self._found, self._limits = tier.topics.events, found, Limits()
+
+    def _begin(self) -> None:
+        self._consumer.assign([TopicPartition(self._topic, 0, OFFSET_BEGINNING)])
+
+    def _work(self) -> None:
+        events: list[NewEvents] = []
+        is_end = False
+        for message in self._polled():
+            error = message.error()
+            if error is None:
+                with suppress(Malformed, TooLarge):
+                    events.append(NewEvents(message.offset() or 0, self._logs(message)))
+            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - public, but for its name
+                is_end = True
+            else:
+                self._say(error)
+        if events or is_end:
+            self._found(events, is_end)
+
+    def _logs(self, message: Message) -> DecodedLogs:
+        try:
+            return decode_logs(value_of(message), self._limits)
+        except (Malformed, TooLarge) as error:
+            self._warn("events", f"{self._topic}, record {message.offset()}, is left out: {error}")
+            raise
 
 
 class Tail:

@@ -70,6 +70,12 @@ class FrameBatch(NamedTuple):
         """The writer."""
         return self.frames[0].item.origin
 
+    def halves(self) -> tuple[FrameBatch, FrameBatch]:
+        """Returns it as two batches, for a topic that does not allow a record of its size; it has several frames."""
+        middle = len(self.frames) // 2
+        second = self._replace(frames=self.frames[middle:], of_run=self.of_run + middle, of_rank=self.of_rank + middle)
+        return self._replace(frames=self.frames[:middle]), second
+
 
 @lru_cache(maxsize=8192)
 def key_of(origin: Origin) -> bytes:
@@ -103,6 +109,13 @@ def block_bytes(block: FrameBatch) -> bytes:
     writer = RecordWriter()
     parts += [writer.frame(item.frame) for item, _ in block.frames]
     return b"".join(parts)
+
+
+def frames_of(value: bytes) -> int:
+    """Returns how many frames a record says that it has; 0 if it has another form."""
+    if value[:1] != bytes((VERSION,)) or len(value) < _HEAD.size:
+        return 0
+    return int(_HEAD.unpack_from(value)[1])
 
 
 def block_of(key: bytes, value: bytes) -> FrameBatch:
@@ -154,6 +167,9 @@ class Durations(NamedTuple):
 
     steps: npt.NDArray[np.uint64]
     times: npt.NDArray[np.float32]
+
+
+NO_DURATIONS = Durations(np.zeros(0, np.uint64), np.zeros((0, 4), np.float32))
 
 
 class WriterState(NamedTuple):
@@ -241,7 +257,7 @@ def _hours_of(said: Mapping[str, Any], value: bytes, start: int) -> WriterHours:
     if "hours" not in said:
         return NO_HOURS
     (count,) = struct.unpack_from("<H", value, start)
-    knots = np.frombuffer(value, "<f8", 4 * count, start + 2).reshape(count, 4)
+    knots = np.frombuffer(value, "<f8", 4 * count, start + 2).reshape(count, 4).copy()  # else all of it is kept
     return WriterHours.of(said["hours"]["sums"], knots, said["hours"]["phases"])
 
 

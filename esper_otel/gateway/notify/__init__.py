@@ -1,1 +1,1 @@
-"""Notices: tells people about runs by a webhook, for those who have no alerting stack."""
+"""Notices: inform people about runs by a webhook, where there is no alerting stack."""

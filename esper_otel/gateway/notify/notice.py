@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeAlias
 
@@ -41,6 +42,7 @@ class Notice(NamedTuple):
         level: ``HIGH`` or ``CRITICAL`` for signals.
         value: the signal's value; NaN if it has none.
         reason: the signal's reason, or how the run ended.
+        tenant: whose run it is; not told.
     """
 
     event: str
@@ -54,6 +56,7 @@ class Notice(NamedTuple):
     level: str = ""
     value: float = math.nan
     reason: str = ""
+    tenant: str = ""
 
 
 def as_json(notices: Sequence[Notice], dropped: int) -> dict[str, Any]:
@@ -89,6 +92,11 @@ def as_slack(notices: Sequence[Notice], dropped: int) -> dict[str, Any]:
     return {"text": text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")}
 
 
+def most_common(tenants: Iterable[str]) -> str:
+    """Returns the tenant that occurs most often: the one to give way."""
+    return Counter(tenants).most_common(1)[0][0]
+
+
 def _labels(notice: Notice) -> dict[str, str]:
     labels = {"alertname": _ALERTS[notice.event], "run_id": printable(notice.run_id)}
     if notice.signal:
@@ -101,12 +109,13 @@ class Alerts:
     """The alerts that Alertmanager has to know: it forgets those that are not repeated, after five minutes by default.
 
     Args:
-        most: how many alerts are repeated.
+        most: how many alerts are repeated; if there are more, the tenant that has most loses its oldest.
     """
 
     def __init__(self, most: int = 1000) -> None:
         self._most = most
         self._active: dict[_Key, Alert] = {}
+        self._tenants: dict[_Key, str] = {}
 
     def of(self, notices: Sequence[Notice]) -> list[Alert]:
         """Returns the alerts of notices: those that begin, go on in a new way, or are over.
@@ -120,12 +129,15 @@ class Alerts:
         new = {"labels": _labels(notice), "startsAt": _time(notice.time_unix_ms)}
         summary = {"annotations": {"summary": printable(notice.text, 1000)}}
         if notice.event in _RESOLVED:
+            self._tenants.pop(key, None)
             return {**self._active.pop(key, new), **summary, "endsAt": _time(notice.time_unix_ms)}
         alert = {**self._active.get(key, new), **summary}
         if notice.event != ENDED:
-            self._active[key] = alert
+            self._active[key], self._tenants[key] = alert, notice.tenant
             if len(self._active) > self._most:
-                del self._active[next(iter(self._active))]
+                largest = most_common(self._tenants.values())
+                oldest = next(each for each, tenant in self._tenants.items() if tenant == largest)
+                del self._active[oldest], self._tenants[oldest]
         return alert
 
     def active(self) -> list[Alert]:

@@ -1,4 +1,4 @@
-"""Notifier: the tasks behind ``--notify``."""
+"""Notifier: the tasks of ``--notify``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from esper_otel.gateway.notify.watcher import Watcher
 from esper_otel.gateway.notify.webhook import Webhook, WebhookAddress
 
 if TYPE_CHECKING:
-    from esper_otel.gateway.core import Core
+    from esper_otel.gateway.pull_core import PullCore
 
 
 class Notifier:
@@ -23,7 +23,7 @@ class Notifier:
         counts: ``sent`` and ``dropped`` notices, and ``failures``.
     """
 
-    def __init__(self, runs: Core, targets: Sequence[WebhookAddress], counts: Counter[str]) -> None:
+    def __init__(self, runs: PullCore, targets: Sequence[WebhookAddress], counts: Counter[str]) -> None:
         self._webhooks = [Webhook(target, counts) for target in targets]
         self._watcher = Watcher(runs, self._webhooks)
         self._watching = asyncio.create_task(self._watcher.run())

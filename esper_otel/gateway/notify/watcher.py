@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from esper_otel.errors import GatewayError
 from esper_otel.frames.frame import FINE
+from esper_otel.gateway.limits import SharedPlaces
 from esper_otel.gateway.notify.notice import BACK, ENDED, ENTERED, ESCALATED, LEFT, NO_STEPS, SILENT, Notice
 from esper_otel.gateway.notify.webhook import Webhook
 from esper_otel.leyline.episodes import Episode, EpisodeChange, Episodes, StepSender
@@ -19,13 +20,13 @@ from esper_otel.oona.emergencies import urgent_signals
 from esper_otel.text import printable
 
 if TYPE_CHECKING:
-    from esper_otel.gateway.core import Core
     from esper_otel.gateway.items import RunStatus
+    from esper_otel.gateway.pull_core import PullCore
 
 _EVERY_S = 1.0
 _ALL_EVERY_S = 5.0  # a run that falls silent says nothing
 _AT_ONCE = 256
-_MOST_RUNS = 10_000
+_MOST_RUNS = 10_000  # a tenant has no more of them than are still free
 _URGENT = ("HIGH", "CRITICAL")
 _NO_STEPS_S = 300  # as the rule EsperRunWithoutSteps
 _QUIET = (SILENT, NO_STEPS)
@@ -34,9 +35,10 @@ _QUIET = (SILENT, NO_STEPS)
 class _WatchedRun:
     """A run that is watched."""
 
-    __slots__ = ("announced", "cursor", "episodes", "state")
+    __slots__ = ("announced", "cursor", "episodes", "state", "tenant")
 
-    def __init__(self, cursor: str, state: str) -> None:
+    def __init__(self, cursor: str, state: str, tenant: str) -> None:
+        self.tenant = tenant
         self.cursor = cursor
         self.state = state
         self.episodes = Episodes()
@@ -53,15 +55,18 @@ class Watcher:
         webhooks: where notices go.
     """
 
-    def __init__(self, runs: Core, webhooks: Iterable[Webhook]) -> None:
+    def __init__(self, runs: PullCore, webhooks: Iterable[Webhook]) -> None:
         self._runs = runs
         self._webhooks = tuple(webhooks)
         self._changed = runs.changed.follower()
         self._followed: dict[str, _WatchedRun] = {}
+        self._places = SharedPlaces(_MOST_RUNS)
         self._all_s = -math.inf
         self._warnings = Warnings()
         for run_id in runs.known_runs():
-            self._followed[run_id] = _WatchedRun(self._newest(run_id), _state(runs.state_of(run_id)))
+            followed = _WatchedRun(self._newest(run_id), _state(runs.state_of(run_id)), runs.tenant(run_id))
+            self._followed[run_id] = followed
+            self._places.restore(followed.tenant, 1)
 
     async def run(self) -> None:
         """Watches until it is cancelled."""
@@ -79,12 +84,17 @@ class Watcher:
         if changed is None or now_s - self._all_s >= _ALL_EVERY_S:
             self._all_s, changed = now_s, known
             for run_id in self._followed.keys() - known:
-                self._forget(run_id, self._followed.pop(run_id))
+                followed = self._followed.pop(run_id)
+                self._places.give_back(followed.tenant, 1)
+                self._forget(run_id, followed)
         for run_id in sorted(changed & known):
-            if run_id not in self._followed and len(self._followed) >= _MOST_RUNS:
-                self._warnings.say("too many", "more than %d runs: no notices are made for the others", _MOST_RUNS)
-                continue
-            await self._look_at(run_id, self._followed.setdefault(run_id, _WatchedRun("", "")))
+            if run_id not in self._followed:
+                tenant = self._runs.tenant(run_id)
+                if not self._places.take(tenant):
+                    self._warnings.say("too many", "too many runs: no notices are made for run %s and others", run_id)
+                    continue
+                self._followed[run_id] = _WatchedRun("", "", tenant)
+            await self._look_at(run_id, self._followed[run_id])
             await asyncio.sleep(0)
 
     async def _look_at(self, run_id: str, followed: _WatchedRun) -> None:
@@ -93,27 +103,27 @@ class Watcher:
                 sender = StepSender(packets.rank, packets.attempt, packets.writer)
                 time_s = packets.state.timestamp_ns / 1e9
                 changes = followed.episodes.note(packets.step, urgent_signals(packets), time_s=time_s, sender=sender)
-                self._put(self._signals(run_id, followed, changes, int(time_s * 1e3)))
+                self._put(self._signals(run_id, followed, changes, int(time_s * 1e3)), followed)
             followed.cursor = page.cursor
         known = self._runs.state_of(run_id)
         before, followed.state = followed.state, _state(known)
         now_ms = time.time_ns() // 1_000_000
         if before in _QUIET and followed.state not in _QUIET:
             does = "sends again" if before == SILENT else "has ended" if followed.state else "takes steps again"
-            self._put([Notice(BACK, run_id, now_ms, f"run {printable(run_id)} {does}")])
+            self._put([Notice(BACK, run_id, now_ms, f"run {printable(run_id)} {does}")], followed)
         if followed.state not in {before, "", *_QUIET}:  # how it ended
-            self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms))
-            self._put([_end(run_id, known, now_ms)])
+            self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms), followed)
+            self._put([_end(run_id, known, now_ms)], followed)
         elif followed.state != before and followed.state in _QUIET and before in {"", *_QUIET}:
-            self._put([_quiet(run_id, followed.state, now_ms)])
+            self._put([_quiet(run_id, followed.state, now_ms)], followed)
 
     def _forget(self, run_id: str, followed: _WatchedRun) -> None:
         """Ends what was told of a run that the gateway has dropped, so that no alert of it is repeated for ever."""
         now_ms = time.time_ns() // 1_000_000
-        self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms))
+        self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms), followed)
         if followed.state in _QUIET:
             text = f"run {printable(run_id)} has sent no step for so long that its steps were dropped"
-            self._put([Notice(BACK, run_id, now_ms, text)])
+            self._put([Notice(BACK, run_id, now_ms, text)], followed)
 
     async def _page(self, run_id: str, followed: _WatchedRun) -> Page | None:
         try:
@@ -134,8 +144,8 @@ class Watcher:
                 followed.announced[episode.number] = None
                 yield _of_signal(run_id, ESCALATED if is_known else ENTERED, episode, time_ms)
 
-    def _put(self, notices: Iterable[Notice]) -> None:
-        some = list(notices)
+    def _put(self, notices: Iterable[Notice], followed: _WatchedRun) -> None:
+        some = [notice._replace(tenant=followed.tenant) for notice in notices]
         for webhook in self._webhooks if some else ():
             webhook.put(some)
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from esper_otel.errors import ConfigurationError
-from esper_otel.gateway.notify.notice import ALERTMANAGER, FORMS, Alerts, Notice
+from esper_otel.gateway.notify.notice import ALERTMANAGER, FORMS, Alerts, Notice, most_common
 from esper_otel.log import Warnings
 
 _MOST_WAITING = 1000
@@ -89,8 +89,8 @@ def targets_of(urls: Iterable[str], file: Path | None) -> tuple[WebhookAddress, 
 class Webhook:
     """Sends notices to one target, at most 100 at once and 30 requests a minute.
 
-    While the target cannot be reached or is busy, up to 1,000 notices wait; the oldest are dropped first, and the next
-    message says how many. What the target refuses for good is dropped.
+    While the target cannot be reached or is busy, up to 1,000 notices wait; then the tenant that has most of them loses
+    its oldest, and the next message says how many were dropped. What the target refuses for good is dropped.
 
     Args:
         target: where they go.
@@ -113,8 +113,12 @@ class Webhook:
     def put(self, notices: Iterable[Notice]) -> None:
         """Adds notices to those that wait; does not block."""
         self._waiting.extend(notices)
-        dropped = [self._waiting.popleft() for _ in range(len(self._waiting) - _MOST_WAITING)]
-        self._drop(len(dropped))
+        dropped = max(len(self._waiting) - _MOST_WAITING, 0)
+        for _ in range(dropped):
+            largest = most_common(notice.tenant for notice in self._waiting)
+            place = next(place for place, notice in enumerate(self._waiting) if notice.tenant == largest)
+            del self._waiting[place]
+        self._drop(dropped)
         if self._waiting:
             self._news.set()
 

@@ -27,7 +27,7 @@ _Lists = Iterator[tuple[str, list[Any]]]
 
 
 class SeriesRequest(NamedTuple):
-    """What a series is asked for.
+    """The arguments of a request for a series.
 
     Attributes:
         metrics: names; empty for all.
@@ -136,7 +136,7 @@ def signals(view: View, since: str) -> Answer:
 
 
 def _cursor(since: str, parts: int) -> tuple[str, ...]:
-    """Returns the parts of a cursor; empty ones if it is none of ours."""
+    """Returns the parts of a cursor; empty ones if this gateway did not issue it."""
     found = since.split(":")
     is_ours = len(found) == parts and all(each.isdecimal() and len(each) < 19 for each in found[1:])
     return tuple(found) if is_ours else ("",) * parts

@@ -141,7 +141,7 @@ class Values(NamedTuple):
 
 
 def reduced_heads(heads: Heads, starts: npt.NDArray[np.intp], keys: Ints) -> Heads:
-    """Returns the heads of one bucket for those from each start to before the next one.
+    """Returns one head for the buckets from each start up to the next one.
 
     Args:
         heads: in order of their keys.

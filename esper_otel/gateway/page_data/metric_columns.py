@@ -81,7 +81,7 @@ class MetricColumns:
         return StepArrays(steps, epochs, times, positions, there, last, low, high, odd if odd.any() else None)
 
     def column(self, name: str) -> int | None:
-        """Returns the metric's column, a new one if it has none; None if there is no room, or if it is no metric."""
+        """Returns the metric's column, a new one if it has none; None if there is no room, or if it is not charted."""
         column = self.names.get(name)
         if column is not None or name in _NO_METRICS:
             return column

@@ -271,7 +271,7 @@ def _run_state(states: Sequence[RunState], outcome: str | None, now_ns: int) -> 
 def _attempts(states: Sequence[RunState], outcome: str | None, now_ns: int) -> list[dict[str, Any]]:
     """Returns the attempts of a run, oldest first.
 
-    One without an end that was followed by another was killed, unless it still goes on beside that one, because the
+    One without an end that was followed by another was killed, unless it still goes on next to that one, because the
     ranks did not agree on an attempt number.
     """
     by_attempt = sorted(states, key=attrgetter("origin.attempt"))

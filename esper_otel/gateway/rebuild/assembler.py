@@ -63,6 +63,7 @@ class Assembler:
         hold_s: how long a frame waits for points, or for frames before it.
         linger_s: how long a frame without a point count waits for further points.
         recall: called with a writer that is not known; it may restore it.
+        shapes: a cache that several assemblers of one thread may share.
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class Assembler:
         hold_s: float = 2.0,
         linger_s: float = 0.05,
         recall: Callable[[Origin], None] | None = None,
+        shapes: PartShapes | None = None,
     ) -> None:
         self._limits = limits or Limits()
         self._runs = Runs(self._limits, hold_s=hold_s, linger_s=linger_s, recall=recall)
-        self._shapes = PartShapes()
+        self._shapes = shapes or PartShapes()
         self._touched: dict[Track, None] = {}
         self._held: dict[Track, _WaitingPoints] = {}
         self._kept: dict[str, deque[tuple[Track, int, int]]] = {}  # by tenant
@@ -98,6 +100,10 @@ class Assembler:
             The outcome. Sending a request again does not change what was accepted the first time.
         """
         return finished(self.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant))
+
+    def limit(self, limits: Limits) -> None:
+        """Changes the limits on the memory for all frames; those on writers stay as they are."""
+        self._limits = limits
 
     def prepare(self, block: PointBlock) -> None:
         """Does slow work on a block before it is added; may be called from one other thread."""
@@ -134,6 +140,7 @@ class Assembler:
                 self._ended[track.origin] = outcome
         alive: list[Origin] = []
         for sender in decoded.alive:
+            yield
             for track in self._runs.known(sender, now_s):
                 track.note(sender, now_s, received_unix_ns)
                 alive.append(track.origin)

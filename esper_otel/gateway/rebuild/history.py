@@ -499,7 +499,7 @@ def _has_unstated_change(frame: Frame, before: SeedTable, *, can_end: bool) -> b
 def _living(table: SeedTable) -> LiveSeeds:
     """Returns a ``LiveSeeds`` that starts from this table."""
     live = LiveSeeds()
-    live.commit(SeedStep(table, table, None, 0, ()))
+    live.commit(SeedStep(table, table))
     return live
 
 

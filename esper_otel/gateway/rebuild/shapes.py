@@ -10,6 +10,7 @@ from threading import Lock
 import numpy as np
 import numpy.typing as npt
 
+from esper_otel.frames import digest
 from esper_otel.gateway.receive.request import PointBlock
 from esper_otel.parts.part import LARGE, POINTS, SEQUENCE, MergedParts, Part, PartShape, Stream
 
@@ -37,7 +38,9 @@ class PartShapes:
         self._lock = Lock()
 
     def prepare(self, block: PointBlock) -> None:
-        """Computes the shapes of large frames in advance, because that takes long."""
+        """Computes the shapes of large frames in advance, because that takes long, and what their digests need."""
+        if len(block.seeds) >= LARGE:
+            digest.prepare(block.seeds)
         vocabulary = self._vocabulary(block)
         for some in _frames(block.times):
             if some.stop - some.start >= LARGE:

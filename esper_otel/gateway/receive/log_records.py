@@ -177,11 +177,12 @@ def _event(sender: PointSender, record: LogRecord, limits: Limits) -> EventRecor
     if fault is not None:
         return fault
     attributes = {
-        each: printable(value, limits.text_bytes) if isinstance(value, str) else value for each, value in given.items()
+        printable(each): printable(value, limits.text_bytes) if isinstance(value, str) else value
+        for each, value in given.items()
     }
     severity = record.severity_number if 0 <= record.severity_number <= _MOST_SEVERITY else 0
     text = printable(record.body.string_value or name, _MOST_TEXT)
-    event = EventRecord(sender, number or 0, name, time_unix_ns, severity, text, step, epoch, attributes)
+    event = EventRecord(sender, number or 0, printable(name), time_unix_ns, severity, text, step, epoch, attributes)
     return event if len(event.content()) <= _MOST_BYTES else TOO_LARGE_EVENT
 
 

@@ -31,8 +31,10 @@ TOO_MANY_SEEDS = "too many seeds"
 TOO_MANY_METRICS = "too many metrics in a step"
 TOO_SPARSE = "too many live seeds for steps of so few points: send all seed values of a step with the same time"
 TOO_MANY_RUNS = "too many runs"
+NO_ROOM_FOR_PHASES = "no room for further phases of this sender"
 # The limits, by the reason for which points are rejected because of them; see ``Limits``.
 OF_REASONS = {
+    NO_ROOM_FOR_PHASES: "all_phases",
     TOO_MANY_ATTRIBUTES: "attributes",
     TOO_MANY_METRICS: "metrics",
     TOO_MANY_POINTS: "points",
@@ -42,6 +44,7 @@ OF_REASONS = {
 REASONS = (
     *(NO_NAME, UNKNOWN_METRIC, NOT_A_NUMBER, DELTA, NO_VALUE, NO_TIME, WRONG_TIME, NO_SEED, INVALID_TEXT),
     *(TOO_MANY_ATTRIBUTES, TOO_MANY_POINTS, TOO_MANY_METRICS, TOO_MANY_SEEDS, TOO_MANY_RUNS, TOO_MANY_SETS, TOO_SPARSE),
+    NO_ROOM_FOR_PHASES,
 )
 
 

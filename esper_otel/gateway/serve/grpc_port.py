@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from esper_otel.gateway.core import Answer, Core
 from esper_otel.gateway.faults import Busy, fault_of
 from esper_otel.gateway.pages import Bounds
+from esper_otel.gateway.pull_core import PullCore
 from esper_otel.gateway.receive.inflate import ENCODINGS, check_encoding, encoding_of, inflated
 from esper_otel.gateway.receive.request import Malformed
 from esper_otel.gateway.security import Grant, Tokens
@@ -34,6 +35,7 @@ from esper_otel.pull.messages import (
     PullResponse,
     RanksRequest,
     RunsRequest,
+    RunsResponse,
 )
 
 OTLP_SERVICE = "opentelemetry.proto.collector.metrics.v1.MetricsService"
@@ -70,7 +72,7 @@ class Rpc:
 
     def __init__(
         self,
-        core: Core,
+        core: PullCore,
         send_tokens: Tokens | None,
         pull_tokens: Tokens | None,
         guard: Guard,
@@ -87,15 +89,17 @@ class Rpc:
         # For the methods that need no token.
         self._strangers = Turns(2, _MOST_WATCHES, patience_s=_PATIENCE_S, slowest_s=_SLOWEST_S)
         self._steps = Turns(1, _MOST_PULLS, patience_s=_SLOWEST_S, slowest_s=_SLOWEST_S, pause_s=_PAUSE_S)
+        # What is made as a whole, for one puller after the other.
+        self._views = Turns(1, _MOST_PULLS, patience_s=_SLOWEST_S, slowest_s=_SLOWEST_S, pause_s=_PAUSE_S)
         self._polls = Room(_MOST_PULLS, "too many pulls")
         self._watches = Room(_MOST_WATCHES, "too many watches")
         self.health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined] # the stubs lack it
 
-    def handlers(self, *, receives: bool) -> dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]:
+    def handlers(self, receiver: Core | None) -> dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]:
         """Returns the methods by service.
 
         Args:
-            receives: whether OTLP is accepted.
+            receiver: accepts OTLP; None if the port does not.
         """
 
         def unary(method: Callable[[Any, _Context], Awaitable[Any]], *coding: Any) -> Any:
@@ -105,16 +109,16 @@ class Rpc:
         stream = grpc.stream_stream_rpc_method_handler
         found = {
             SERVICE: {
-                "Runs": unary(self._runs),
-                "Pull": unary(self._pull),
-                "Ranks": unary(self._ranks),
-                "Hours": unary(self._hours),
-                "Events": unary(self._events),
+                "Runs": unary(partial(self._view, RunsRequest, self._runs)),
+                "Pull": unary(partial(self._poll, PullRequest, self._steps, self._pull, PullResponse)),
+                "Ranks": unary(partial(self._view, RanksRequest, self._core.ranks)),
+                "Hours": unary(partial(self._view, HoursRequest, self._core.hours)),
+                "Events": unary(partial(self._poll, EventsRequest, self._views, self._events, EventsResponse)),
             }
         }
-        if receives:
-            found[OTLP_SERVICE] = {"Export": unary(partial(self._export, self._core.take, metrics_answer))}
-            found[LOGS_SERVICE] = {"Export": unary(partial(self._export, self._core.take_logs, logs_answer))}
+        if receiver is not None:
+            found[OTLP_SERVICE] = {"Export": unary(partial(self._export, receiver.take, metrics_answer))}
+            found[LOGS_SERVICE] = {"Export": unary(partial(self._export, receiver.take_logs, logs_answer))}
         services = (*found, health.SERVICE_NAME, reflection.SERVICE_NAME)
         self._reflection = reflection.aio.ReflectionServicer(services)  # type: ignore[attr-defined] # as for health
         bytes_of = reflection_pb2.ServerReflectionResponse.SerializeToString
@@ -152,53 +156,50 @@ class Rpc:
 
     # -- pulling -----------------------------------------------------------------------------------------
 
-    async def _runs(self, _: Any, context: _Context) -> bytes:
+    async def _view(
+        self, kind: type[Any], make: Callable[[Any, Grant | None], Awaitable[Message]], _: Any, context: _Context
+    ) -> bytes:
+        """Answers with a message that is made as a whole."""
+
         async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
-            request = await self._message(RunsRequest.FromString, context, answer.owner, self._turns)
-            return (await in_turns(self._core.listing(grant, request.run_id))).SerializeToString()
+            request = await self._message(kind.FromString, context, answer.owner, self._turns)
+            async with self._views.turn(answer.owner):
+                return (await make(request, grant)).SerializeToString()
 
         return await self._pulled(context, answered)
 
-    async def _ranks(self, _: Any, context: _Context) -> bytes:
+    async def _runs(self, request: RunsRequest, grant: Grant | None) -> RunsResponse:
+        return await in_turns(self._core.listing(grant, request.run_id))
+
+    async def _poll(
+        self,
+        kind: type[Any],
+        turns: Turns,
+        make: Callable[[Any, Grant | None, Bounds], Awaitable[bytes]],
+        nothing: type[PullResponse | EventsResponse],
+        _: Any,
+        context: _Context,
+    ) -> bytes:
+        """Answers with steps or events; the request may wait for them."""
+
         async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
-            request = await self._message(RanksRequest.FromString, context, answer.owner, self._turns)
-            return (await self._core.ranks(request, grant)).SerializeToString()
-
-        return await self._pulled(context, answered)
-
-    async def _hours(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
-            request = await self._message(HoursRequest.FromString, context, answer.owner, self._turns)
-            return (await self._core.hours(request, grant)).SerializeToString()
-
-        return await self._pulled(context, answered)
-
-    async def _events(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
-            request = await self._message(EventsRequest.FromString, context, answer.owner, self._turns)
+            request = await self._message(kind.FromString, context, answer.owner, self._turns)
             limit = asyncio.timeout(None)
+            bounds = Bounds(partial(turns.turn, answer.owner), answer.has_room)
             with self._polls.hold(answer.owner, 1, partial(_end, limit)):
                 try:
                     async with limit:
-                        return (await self._core.events(request, grant)).SerializeToString()
-                except TimeoutError:  # as for a pull
-                    return EventsResponse(cursor=request.cursor).SerializeToString()
+                        return await make(request, grant, bounds)
+                except TimeoutError:  # ended early to admit another owner's request; nothing has arrived for it yet
+                    return nothing(cursor=request.cursor).SerializeToString()
 
         return await self._pulled(context, answered)
 
-    async def _pull(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
-            request = await self._message(PullRequest.FromString, context, answer.owner, self._turns)
-            limit = asyncio.timeout(None)
-            bounds = Bounds(partial(self._steps.turn, answer.owner), answer.has_room)
-            with self._polls.hold(answer.owner, 1, partial(_end, limit)):
-                try:
-                    async with limit:
-                        return (await self._core.pulled(request, grant, bounds)).body
-                except TimeoutError:  # ended early to admit another owner's pull; no step has arrived for it yet
-                    return PullResponse(cursor=request.cursor).SerializeToString()
+    async def _pull(self, request: PullRequest, grant: Grant | None, bounds: Bounds) -> bytes:
+        return (await self._core.pulled(request, grant, bounds)).body
 
-        return await self._pulled(context, answered)
+    async def _events(self, request: EventsRequest, grant: Grant | None, bounds: Bounds) -> bytes:
+        return (await self._core.events(request, grant, bounds)).SerializeToString()
 
     async def _pulled(
         self, context: _Context, answered: Callable[[Grant | None, RoomShare], Awaitable[bytes]]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 
@@ -14,6 +16,7 @@ from google.protobuf.message import Message
 
 from esper_otel.gateway.core import Answer, Core
 from esper_otel.gateway.faults import Busy, fault_of
+from esper_otel.gateway.pull_core import PullCore
 from esper_otel.gateway.quiet import SeldomLog
 from esper_otel.gateway.receive.inflate import GZIP, IDENTITY, MAX_REQUEST_BYTES, check_encoding
 from esper_otel.gateway.receive.request import TooLarge, Unsupported
@@ -32,6 +35,7 @@ _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _SLOWEST_S = 60.0
 _LINGERING_S = 2.0
+_METRICS_SHARE = 10.0
 
 
 class HttpPort:
@@ -47,20 +51,20 @@ class HttpPort:
         door: the acceptor, which records the connections that sent a request and those whose request succeeded.
     """
 
-    def __init__(self, core: Core, send_tokens: Tokens | None, answers: Room, warnings: Warnings) -> None:
+    def __init__(self, core: PullCore, send_tokens: Tokens | None, answers: Room, warnings: Warnings) -> None:
         self.door: HttpAcceptor | None = None
         self._core = core
         self._send_tokens = send_tokens
         self._answers = answers
         self._warnings = warnings
 
-    def application(self, hosts: Collection[str] | None, *, has_page: bool, receives: bool = True) -> web.Application:
+    def application(self, hosts: Collection[str] | None, *, has_page: bool, receiver: Core | None) -> web.Application:
         """Makes the application that serves the paths.
 
         Args:
             hosts: accepted Host names in addition to the usual ones; None skips the check, since TLS verifies the name.
             has_page: whether to serve the live page at ``/``.
-            receives: whether OTLP is accepted.
+            receiver: accepts OTLP; None if the port does not.
         """
         core = self._core
 
@@ -71,16 +75,18 @@ class HttpPort:
             return await self._sent(request, handler)
 
         app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[bounded])
-        if receives:
+        if receiver is not None:
             receiving = _OtlpHandler(core, self._send_tokens, self._warnings)
-            app.router.add_post("/v1/metrics", receiving.handler(core.take, metrics_answer))
-            app.router.add_post("/v1/logs", receiving.handler(core.take_logs, logs_answer))
+            app.router.add_post("/v1/metrics", receiving.handler(receiver.take, metrics_answer))
+            app.router.add_post("/v1/logs", receiving.handler(receiver.take_logs, logs_answer))
         app.router.add_get("/healthz", _text(lambda: (200, "ok\n")))
         ready = _text(lambda: (200, "ok\n") if core.is_ready else (503, "nothing can be stored\n"))
         app.router.add_get("/readyz", ready)
 
+        shown = _MetricsText(core)
+
         async def metrics(_request: web.Request) -> web.Response:
-            return web.Response(body=prometheus_text(core).encode(), headers={"content-type": _PROMETHEUS})
+            return web.Response(body=shown.text(), headers={"content-type": _PROMETHEUS})
 
         app.router.add_get("/metrics", metrics)
         if has_page:
@@ -128,8 +134,10 @@ def is_own_host(host: str, hosts: Collection[str]) -> bool:
     if not colon or not port.isdecimal():
         name = host
     name = name.lower().rstrip(".")
-    if name.startswith("[") or "." not in name or name.endswith(".localhost") or name in hosts:
+    if "." not in name or name.endswith(".localhost") or name in hosts:
         return True
+    if name.startswith("[") and name.endswith("]"):
+        name = name[1:-1]
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -151,6 +159,23 @@ def runner_of(app: web.Application, warnings: Warnings, *, shutdown_timeout: flo
     )
 
 
+class _MetricsText:
+    """The text of ``/metrics``. Anybody may ask for it, so that making it takes a tenth of the time at most."""
+
+    def __init__(self, core: PullCore) -> None:
+        self._core = core
+        self._text = b""
+        self._until_s = -math.inf
+
+    def text(self) -> bytes:
+        """Returns the text, which is made anew if it is older than ten times the time that it took to make."""
+        now_s = time.monotonic()
+        if now_s >= self._until_s:
+            self._text = prometheus_text(self._core).encode()
+            self._until_s = now_s + _METRICS_SHARE * (time.monotonic() - now_s)
+        return self._text
+
+
 def _text(answer: Callable[[], tuple[int, str]]) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def handler(_request: web.Request) -> web.Response:
         status, text = answer()
@@ -165,7 +190,7 @@ _SYNONYMS = {"": IDENTITY, "none": IDENTITY, "x-gzip": GZIP, "zlib": "deflate"} 
 class _OtlpHandler:
     """Receives OTLP over HTTP: reads the body within limits and passes it to the core."""
 
-    def __init__(self, core: Core, tokens: Tokens | None, warnings: Warnings) -> None:
+    def __init__(self, core: PullCore, tokens: Tokens | None, warnings: Warnings) -> None:
         self._core = core
         self._tokens = tokens
         self._warnings = warnings

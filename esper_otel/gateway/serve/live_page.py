@@ -13,7 +13,7 @@ as ``since`` with otherwise the same question, it makes the next answer contain 
 - ``/page/events?run=&rank=``: the newest events as HTML, and their marks in the charts.
 - ``/page/hours?run=``: where the hours of the run went, as HTML. It has no cursor.
 
-An unknown cursor is no error: the answer then contains everything. Wrong arguments are answered with 400, and runs of
+An unknown cursor is not an error: the answer contains everything. Wrong arguments are answered with 400, and runs of
 which no step is stored with 404.
 """
 
@@ -28,7 +28,6 @@ from aiohttp import web
 from esper_otel.charts.event_list import ShownEvent, event_marks, events_html
 from esper_otel.charts.hours_section import hours_html
 from esper_otel.errors import UnknownRun
-from esper_otel.gateway.core import Core
 from esper_otel.gateway.page_data import answers
 from esper_otel.gateway.page_data.answers import Answer, SeriesRequest
 from esper_otel.gateway.page_data.bucket_table import Range
@@ -36,6 +35,7 @@ from esper_otel.gateway.page_data.heat_map import heat_map
 from esper_otel.gateway.page_data.run_table import RunTable
 from esper_otel.gateway.page_data.view import View
 from esper_otel.gateway.page_data.view_cache import TURN_S, Views
+from esper_otel.gateway.pull_core import PullCore
 from esper_otel.gateway.security import BadRequest, check_puller
 from esper_otel.gateway.serve.page_files import HEADERS, add_files, check_local
 from esper_otel.gateway.turns import in_turns
@@ -47,7 +47,7 @@ _MOST_RANK, _MOST_STEP = 2**31, 2**63
 _MOST_METRICS = 512
 
 
-def add_page(app: web.Application, core: Core) -> None:
+def add_page(app: web.Application, core: PullCore) -> None:
     """Adds ``/`` and the paths below ``/page`` that the page requests."""
     add_files(app)
     data = _PageData(core)
@@ -71,7 +71,7 @@ _Answerer = Callable[[web.Request], Awaitable[str]]
 class _PageData:
     """Answers one request after the other: several open windows together get no more turns than one."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: PullCore) -> None:
         self._core = core
         self._views = Views(core)
         self._table = RunTable(core)
@@ -144,7 +144,7 @@ def _run(request: web.Request) -> str:
     run_id = request.query.get("run", "")
     check_puller(run_id, None)
     if is_check(run_id):
-        raise UnknownRun(f"{run_id!r} is no run: esper-otel check made it")
+        raise UnknownRun(f"{run_id!r} is not a run: esper-otel check made it")
     return run_id
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import DEFERRED, REFUSED
+from esper_otel.gateway.pull_core import PullCore
 from esper_otel.gateway.receive.log_records import EVENT_REASONS
 from esper_otel.gateway.receive.request import REASONS
 
@@ -57,7 +57,7 @@ _NOTICES = (
 )
 
 
-def prometheus_text(core: Core) -> str:
+def prometheus_text(core: PullCore) -> str:
     """Returns every metric with its help and type; counters start at 0."""
     values = {**core.gauges(), **core.counts}
     lines = []

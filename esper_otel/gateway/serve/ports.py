@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import fault_of
+from esper_otel.gateway.pull_core import PullCore
 from esper_otel.gateway.receive.inflate import MAX_REQUEST_BYTES
 from esper_otel.gateway.security import Certificates, CertificatesInForce, Content, Tokens
 from esper_otel.gateway.serve.connections import SILENT_S, Guard, HttpAcceptor, most_connections
@@ -63,19 +64,19 @@ class Gateway:
     Args:
         core: processes the requests.
         ports: where it listens.
-        receives: whether the ports accept OTLP.
+        receives: whether the ports accept OTLP, if the core does.
 
     Attributes:
         grpc_address: ``host:port`` of the gRPC port, when it is open.
         http_address: ``host:port`` of the HTTP port, when it is open.
     """
 
-    def __init__(self, core: Core, ports: Ports, *, receives: bool = True) -> None:
+    def __init__(self, core: PullCore, ports: Ports, *, receives: bool = True) -> None:
         self.grpc_address: str | None = None
         self.http_address: str | None = None
         self._core = core
         self._ports = ports
-        self._receives = receives
+        self._receiver = core if receives and isinstance(core, Core) else None
         self._warnings = Warnings()
         self._answers = Room(_MOST_UNREAD_BYTES, "too many answers that are not read yet", safe_s=_UNREAD_S)
         self._certificates: CertificatesInForce | None = None
@@ -150,7 +151,7 @@ class Gateway:
         self._guard = Guard(port)
         ports = self._ports
         rpc = Rpc(self._core, ports.send_tokens, ports.pull_tokens, self._guard, self._answers, self._warnings)
-        handlers = rpc.handlers(receives=self._receives)
+        handlers = rpc.handlers(self._receiver)
         server.add_generic_rpc_handlers(
             tuple(grpc.method_handlers_generic_handler(*handler) for handler in handlers.items())
         )
@@ -178,7 +179,7 @@ class Gateway:
     async def _open_http(self, address: str) -> None:
         port = HttpPort(self._core, self._ports.send_tokens, self._answers, self._warnings)
         hosts = None if self._certificates is not None else self._ports.hosts
-        app = port.application(hosts, has_page=self._ports.has_page, receives=self._receives)
+        app = port.application(hosts, has_page=self._ports.has_page, receiver=self._receiver)
         self._runner = runner_of(app, self._warnings, shutdown_timeout=_GRACE_S)
         await self._runner.setup()
         host, _, number = address.rpartition(":")

@@ -200,7 +200,7 @@ def _check_header(path: Path) -> None:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path, *, read_only: bool) -> None:
-    connection.text_factory = _text
+    connection.text_factory = as_text
     connection.execute("PRAGMA trusted_schema = OFF")
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     parts = {(kind, name) for kind, name in connection.execute("SELECT type, name FROM sqlite_master")}
@@ -251,5 +251,6 @@ def moved_aside(path: Path) -> Path:
     return aside
 
 
-def _text(raw: bytes) -> str:
+def as_text(raw: bytes) -> str:
+    """Reads a text of a file."""
     return raw.decode(errors="replace")  # a text that is not UTF-8 must not make other rows unreadable

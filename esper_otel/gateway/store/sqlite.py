@@ -205,11 +205,11 @@ class FileStore(RunStore[FileRun]):
             return []
 
     def _expired(self) -> list[str]:
-        oldest_s = self._age_s() - self._limits.idle_s
-        if self._age_s() > self._age_noted_s + _AGE_EVERY_S:
+        oldest_s = self.age_s() - self._limits.idle_s
+        if self.age_s() > self._age_noted_s + _AGE_EVERY_S:
             with transaction(self._connection) as connection:
-                connection.execute("UPDATE age SET seconds = ?", (self._age_s(),))
-            self._age_noted_s = self._age_s()
+                connection.execute("UPDATE age SET seconds = ?", (self.age_s(),))
+            self._age_noted_s = self.age_s()
         if self._writer.has_left:
             with self._writer.transaction():
                 self._writer.sweep(_SWEPT_WHEN_IDLE)
@@ -234,7 +234,8 @@ class FileStore(RunStore[FileRun]):
         """
         origins = list(self.counts()) if writers is None else writers
         most = max(_RESTORED_IN_ALL // max(len(origins), 1), 1)
-        missing = {place.origin for place in self.places() if place.missing}
+        places = self.places(*origins) if len(origins) == 1 else self.places()
+        missing = {place.origin for place in places if place.missing}
         for origin in origins:
             run = self._runs.get(origin.run_id)
             if run is None:
@@ -258,7 +259,7 @@ class FileStore(RunStore[FileRun]):
         run = self._runs.get(origin.run_id)
         if run is None or origin not in run.counts:
             return [], []
-        return list(self.newest([origin])), [place for place in self.places() if place.origin == origin]
+        return list(self.newest([origin])), self.places(origin)
 
     def _newest_positions(self, run: FileRun, origin: Origin, most: int, *, is_missing: bool) -> tuple[list[int], bool]:
         """Returns the positions of a writer's newest frames in their newest revisions, and whether these are all.
@@ -304,13 +305,21 @@ class FileStore(RunStore[FileRun]):
                 found[origin] = entry.item.frame
         return found
 
-    def places(self) -> list[Place]:
-        """Returns the places that stored writers have reached."""
-        names = {run.key: run_id for run_id, run in self._runs.items()}
+    def places(self, of: Origin | None = None) -> list[Place]:
+        """Returns the places that stored writers have reached: one writer, or all."""
+        arguments: tuple[Any, ...] = ()
+        if of is None:
+            names, where = {run.key: run_id for run_id, run in self._runs.items()}, ""
+        elif of.run_id in self._runs:
+            key = self._runs[of.run_id].key
+            names, where, arguments = {key: of.run_id}, f" WHERE {OF_WRITER}", (key, of.rank, of.attempt, of.writer)
+        else:
+            return []
         with reading():
             rows = self._connection.execute(
-                "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes, ends, "
-                "host, revision, settings, validation_loss FROM places"
+                "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes, ends, "  # noqa: S608
+                f"host, revision, settings, validation_loss FROM places{where}",
+                arguments,
             ).fetchall()
         found = []
         for key, *row in rows:
@@ -319,8 +328,7 @@ class FileStore(RunStore[FileRun]):
                     found.append(place_of(names[key], tuple(row)))
             except (ValueError, TypeError, RecursionError) as error:
                 self._repair.put_aside("place", [(key, *row)], f"where a writer of run {names[key]} stands: {error}")
-        counts = self.counts()
-        return [place for place in found if place.origin in counts]
+        return [place for place in found if self._runs[place.origin.run_id].counts.get(place.origin)]
 
     def bodies(self) -> Iterator[KeptRequest]:
         """Yields the kept bodies, oldest first.
@@ -412,7 +420,7 @@ class FileStore(RunStore[FileRun]):
     def _use(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self._blocks = Blocks(connection)
-        self._writer = RunWriter(connection, self._runs, self._ledger, self._limits, self._blocks, self._age_s)
+        self._writer = RunWriter(connection, self._runs, self._ledger, self._limits, self._blocks, self.age_s)
 
     def _load(self) -> None:
         self._age_before_s = self._age_noted_s = 0.0
@@ -474,6 +482,6 @@ class FileStore(RunStore[FileRun]):
             if key in names:
                 self._runs[names[key]].outcomes[Origin(names[key], attempt, rank, writer)] = outcome
 
-    def _age_s(self) -> float:
+    def age_s(self) -> float:
         """Returns the total time in seconds that gateways have run on this folder."""
         return self._age_before_s + self._clock() - self._opened_s

@@ -19,6 +19,8 @@ from esper_otel.gateway.store.base import StoreFull
 from esper_otel.gateway.turns import finished
 from esper_otel.log import Warnings
 
+pytestmark = pytest.mark.own_code
+
 LIMITS = Limits()
 
 
@@ -114,7 +116,7 @@ def test_a_run_and_a_sender_have_bounded_room_also_after_a_restart(tmp_path: Pat
 
 def test_runs_without_steps_are_abandoned_when_they_are_silent() -> None:
     clock = [1_000.0]
-    file = opened(clock_s=lambda: clock[0])
+    file = opened(age_s=lambda: clock[0])
     file.add(events("run", 1), "")
     assert file.abandoned(lambda _: False, 60.0) == []
     clock[0] += 61.0
@@ -162,19 +164,98 @@ def test_a_damaged_file_is_put_aside(tmp_path: Path, content: bytes) -> None:
     assert len([*tmp_path.glob(f"{FILE}.damaged-*")]) == 1
 
 
-@pytest.mark.parametrize("change", ["runs SET last = 'x'", "runs SET life = NULL", "events SET number = 'x'"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("UPDATE runs SET last = 'x'", "UPDATE runs SET life = NULL", "UPDATE events SET number = 'x'"),
+        *("UPDATE runs SET last = 1", "UPDATE runs SET last = 9223372036854775807", "UPDATE runs SET life = 'a:b'"),
+        "DROP TABLE events; CREATE TABLE events (run, position, rank, attempt, number, time)",
+        "CREATE TRIGGER no BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'no'); END",
+        "ALTER TABLE events ADD COLUMN further",
+    ],
+)
 def test_a_file_with_rows_that_a_gateway_cannot_have_written_is_put_aside(tmp_path: Path, change: str) -> None:
     """Otherwise each further event of the run would be a fault."""
     file = opened(tmp_path)
     file.add(events("run", 1, 2), "")
     file.close()
     with sqlite3.connect(tmp_path / FILE) as connection:
-        connection.execute(f"UPDATE {change}")
+        connection.executescript(change)
     connection.close()
     file = opened(tmp_path)
     assert file.add(events("run", 2, 3), "")[0] == 2
     file.close()
     assert len([*tmp_path.glob(f"{FILE}.damaged-*")]) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "CAST(x'5b22ff222c302c22222c302c302c7b7d5d' AS TEXT)",  # not UTF-8
+        """'["a",0,"\\ud800",0,0,{}]'""",
+        """'["a",0,"",0,0,{"b":"\\udfff"}]'""",
+        """'["a",0,"",0,0,{"b":1e400,"c":99999999999999999999}]'""",
+        """'["a",0,"",0,0,{"b":[1]}]'""",
+        """'["a",0,"",0,0,[]]'""",
+        f"""'{"[" * 100_000}'""",
+        "x'00'",
+        "NULL",
+    ],
+)
+def test_a_row_that_cannot_be_read_stops_no_puller(tmp_path: Path, content: str) -> None:
+    """It is left out, or read as well as it can be; the others come."""
+    file = opened(tmp_path)
+    file.add(events("run", 1, 2, 3), "")
+    file.close()
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        connection.execute(f"UPDATE events SET content = {content} WHERE number = 2")
+    connection.close()
+    file = opened(tmp_path)
+    found = page(file)
+    assert {1, 3} <= {*numbers(found)}
+    made = finished(run_events.events_message(found))
+    assert type(made).FromString(made.SerializeToString()).cursor == found.cursor
+    assert [event.number for event in file.newest("run", 0, 10)] == numbers(found)
+    assert numbers(page(file, found.cursor)) == []
+    file.close()
+
+
+def test_no_jump_of_a_clock_ages_the_events_of_a_run_without_steps(tmp_path: Path) -> None:
+    """Their age is that of the store, which passes only while a gateway runs; a file of Unix times is of an earlier
+    version.
+    """
+    clock = [100.0]
+    file = opened(tmp_path, age_s=lambda: clock[0])
+    file.add(events("run", 1), "")
+    file._file.connection.execute("UPDATE runs SET received = 1.8e9")
+    file.close()
+    file = opened(tmp_path, age_s=lambda: clock[0])
+    clock[0] = 159.0
+    assert file.abandoned(lambda _: False, 60.0) == []
+    clock[0] = 161.0
+    assert file.abandoned(lambda _: False, 60.0) == ["run"]
+    file.close()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda content: content.replace(b"tenant", b"\xd3\xd3nant"),
+        lambda content: content[: 4096 * 3] + b"\xff" * 4096 + content[4096 * 4 :],
+        lambda content: content[:-4096],
+    ],
+)
+def test_damage_anywhere_in_the_file_is_found_at_the_start(tmp_path: Path, changed: Any) -> None:
+    """Not when an event that was acknowledged is read: it would be put aside with the file."""
+    file = opened(tmp_path)
+    file.add([*decode_logs(request("run", range(1, 200)).SerializeToString(), LIMITS).events], "")
+    file.close()
+    (tmp_path / FILE).write_bytes(changed((tmp_path / FILE).read_bytes()))
+    file = opened(tmp_path)
+    assert file.damaged == 1
+    assert file.add(events("run", 500), "")[0] == 1
+    assert numbers(page(file)) == [500]
+    file.close()
 
 
 def test_a_file_that_cannot_be_opened_at_present_stays(tmp_path: Path) -> None:
@@ -237,4 +318,39 @@ def test_a_page_is_made_in_parts() -> None:
     file = opened()
     file.add(events("run", *range(1, 9)), "")
     assert sum(1 for _ in run_events.events_message(page(file))) == 8
+    file.close()
+
+
+HOSTILE = (
+    *(
+        "[" * 100_000,
+        '["n",9,"t",1,0,[]]',
+        '["n",9,"t",1,0,7]',
+        '["n",9,"t",1,0,{"a":[]}]',
+        '["n",9,"t",1,0,{"a":{"b":1}}]',
+    ),
+    *(
+        f'["n",9,"t",1,0,{{"a":{2**63}}}]',
+        f'["n",9,"t",{2**63},0,{{}}]',
+        f'["n",{2**31},"t",1,0,{{}}]',
+        '["n",9,"t",-1,0,{}]',
+    ),
+    *('{"a":1}', "null", "7", '["n",9,null,1,0,{}]', "\udcff"),
+)
+
+
+@pytest.mark.parametrize("content", HOSTILE, ids=map(str, range(len(HOSTILE))))
+def test_an_event_that_no_gateway_can_have_written_holds_up_none_of_the_others(tmp_path: Path, content: str) -> None:
+    """Neither its page nor those after it, at any reader."""
+    file = opened(tmp_path)
+    file.add(events("run", 1, 2, 3), "")
+    file.close()
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        raw = content.encode(errors="surrogateescape")
+        connection.execute("UPDATE events SET content = CAST(? AS TEXT) WHERE number = 2", (raw,))
+    connection.close()
+    file = opened(tmp_path)
+    assert numbers(page(file)) == [1, 3]
+    assert len(finished(run_events.events_message(page(file))).events) == 2
+    assert file.add(events("run", 4), "")[0] == 1
     file.close()

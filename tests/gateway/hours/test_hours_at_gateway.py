@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,21 @@ from esper_otel.frames.phase_log import Phase
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.hours import accounts as module
 from esper_otel.gateway.hours.file import FILE, AttemptRank, HoursFile, ReceivedPhase
+from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
-from esper_otel.gateway.store.base import StoreLimits
+from esper_otel.gateway.receive.request import NO_ROOM_FOR_PHASES
+from esper_otel.gateway.security import Grant
+from esper_otel.gateway.store.base import StoreFull, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
+from esper_otel.gateway.turns import finished
 from esper_otel.hours.account import PhaseTimes
 from esper_otel.hours.bar import RunHours
 from esper_otel.log import Warnings
+from esper_otel.pull.messages import HoursRequest
 from esper_otel.schema import METRICS
+
+pytestmark = pytest.mark.own_code
 
 START_NS = 1_800_000_000 * 10**9
 CATALOGUE = {metric.name: metric for metric in METRICS}
@@ -184,6 +193,35 @@ def test_a_run_that_is_dropped_is_forgotten(tmp_path: Path) -> None:
     core.close()
 
 
+def tidied(core: Core) -> list[str]:
+    for _ in core._hours.tidying():
+        pass
+    return sorted(core._hours._file._senders)
+
+
+def test_phases_of_a_run_without_steps_stay_for_a_day_and_no_longer(tmp_path: Path) -> None:
+    """They may come before its first step; who looks at them does not end them, and neither does a restart."""
+    clock = [0.0]
+    store = StoreLimits(idle_s=10.0)
+    core = Core(FileStore(tmp_path, store, clock=lambda: clock[0]))
+    receive(core, phase_body(phase(1, "evaluation", 14_000, 30.0)))
+    assert hours(core).phases
+    assert tidied(core) == ["run"]
+    assert hours(core).phases
+    clock[0] = 12 * 3600.0
+    assert tidied(core) == ["run"]
+    receive(core, phase_body(phase(2, "evaluation", 15_000, 30.0)))
+    core.close()
+    core = Core(FileStore(tmp_path, store, clock=lambda: clock[0]))
+    clock[0] += 23 * 3600.0
+    assert tidied(core) == ["run"]
+    clock[0] += 2 * 3600.0
+    assert tidied(core) == []
+    with pytest.raises(UnknownRun):
+        hours(core)
+    core.close()
+
+
 @pytest.mark.parametrize("content", [b"", b"not a database" * 1_000])
 def test_a_damaged_file_is_put_aside_and_steps_are_read_again(tmp_path: Path, content: bytes) -> None:
     core = Core(FileStore(tmp_path))
@@ -202,11 +240,11 @@ def test_very_many_phases_leave_room_and_keep_their_totals(monkeypatch: pytest.M
 
     monkeypatch.setattr(file, "_MOST_PHASES", 100)
     monkeypatch.setattr(file, "_FEWER", 50)
-    kept = HoursFile(None, Warnings())
+    kept = HoursFile(None, Limits(), Warnings())
     for number in range(1, 1_000):
         times: Any = PhaseTimes("once" if number == 1 else "often", number, float(number), 0.0, 1.0, 1.0, number, None)
-        kept.add([ReceivedPhase("run", AttemptRank(0, 1), times)])
-    found = [each for _, each in kept.phases("run")]
+        finished(kept.adding([ReceivedPhase("run", AttemptRank(0, 1), times)]))
+    found = [each for _, each in finished(kept.phases("run"))]
     assert 50 <= len(found) <= 101
     assert {each.name: each.total_ms for each in found} == {"once": 1.0, "often": 999.0}
     kept.close()
@@ -218,15 +256,143 @@ def test_phases_that_have_totals_are_bounded_and_tried_seldom(monkeypatch: pytes
 
     for name, most in (("_MOST_PHASES", 100), ("_FEWER", 50), ("_MOST_NEWEST", 300)):
         monkeypatch.setattr(file, name, most)
-    kept = HoursFile(None, Warnings())
+    kept = HoursFile(None, Limits(), Warnings())
     statements: list[str] = []
     kept._file.connection.set_trace_callback(statements.append)
     for number in range(1_000):
         times = PhaseTimes(f"name {number % 10}", number, 1.0, 0.0, 1.0, 1.0, number, None)
-        kept.add([ReceivedPhase("run", AttemptRank(number // 10 % 10, number // 100), times)])
-    found = kept.phases("run")
+        finished(kept.adding([ReceivedPhase("run", AttemptRank(number // 10 % 10, number // 100), times)]))
+    found = finished(kept.phases("run"))
     assert len(found) + kept.dropped_totals == 1_000
     assert 300 <= len(found) <= 350
     assert min(writer.attempt for writer, _ in found) == 6  # the oldest attempts went first
     assert sum("DELETE" in each for each in statements) < 50
     kept.close()
+
+
+def received(run_id: str, *numbers: int, name: str = "save") -> list[ReceivedPhase]:
+    times = [PhaseTimes(name, number, 1.0, 0.0, 1.0, 1.0, number, None) for number in numbers]
+    return [ReceivedPhase(run_id, AttemptRank(0, 1), each) for each in times]
+
+
+def test_a_sender_has_its_share_of_the_phases_also_after_a_restart(tmp_path: Path) -> None:
+    """One sender's phases do not fill the disk, nor the room of another; what it had before it keeps."""
+    limits = Limits(all_phases=8)
+    kept = HoursFile(tmp_path, limits, Warnings())
+    assert finished(kept.adding(received("a", *range(1, 7)), "rogue")) == 2
+    kept.close()
+    kept = HoursFile(tmp_path, limits, Warnings())
+    assert finished(kept.adding(received("b", 1), "rogue")) == 1
+    assert finished(kept.adding(received("a", 1, 2, 3, 4), "rogue")) == 0  # they come again
+    assert finished(kept.adding(received("honest", 1, 2), "honest")) == 0
+    assert (kept.places.used, len(finished(kept.phases("a"))), finished(kept.phases("b"))) == (6, 4, [])
+    finished(kept.forget("a"))
+    assert (kept.places.used, finished(kept.adding(received("b", 1), "rogue"))) == (2, 0)
+    kept.close()
+
+
+def test_phases_of_runs_without_steps_are_abandoned_when_they_are_silent() -> None:
+    clock = [1_000.0]
+    kept = HoursFile(None, Limits(), Warnings(), lambda: clock[0])
+    finished(kept.adding(received("silent", 1)))
+    clock[0] += 3_000.0
+    finished(kept.adding(received("speaks", 1)))
+    clock[0] += 1_000.0
+    assert kept.abandoned({"known"}.__contains__, 3_600.0) == ["silent"]
+    kept.close()
+
+
+def test_steps_are_not_lost_when_their_phases_cannot_be_stored(tmp_path: Path) -> None:
+    """The sender repeats the request: nothing of it may count as taken before."""
+    core = Core(FileStore(tmp_path))
+    both = body(frames(1, 3))[0] + phase_body(phase(1, "checkpoint", 100, 5.0))
+    with sqlite3.connect(tmp_path / FILE, timeout=0) as other:
+        other.execute("BEGIN IMMEDIATE")
+        core._hours._file._file.connection.execute("PRAGMA busy_timeout = 0")
+        with pytest.raises(StoreFull):
+            receive(core, both)
+        other.execute("ROLLBACK")
+    other.close()
+    receive(core, both)
+    assert len(core.entries("run", "", 100).entries) == 3
+    assert [each.number for each in hours(core).phases] == [1]
+    core.close()
+
+
+def test_phases_without_room_are_refused_in_words_and_their_steps_taken() -> None:
+    core = Core(MemoryStore(), limits=Limits(all_phases=2))
+
+    async def take() -> Any:
+        return await core.take(
+            body(frames(1, 3))[0] + phase_body(phase(1, "checkpoint", 100, 5.0), phase(2, "checkpoint", 200, 5.0)),
+            grant=Grant("run", "rogue"),
+        )
+
+    assert asyncio.run(take()) == (1, f"1 {NO_ROOM_FOR_PHASES}")
+    assert len(core.entries("run", "", 100).entries) == 3
+    assert core.use()["phases"] == (1.0, 2.0)
+    core.close()
+
+
+def test_the_sums_of_a_sender_are_bounded_and_written_as_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt of each rank has sums: a sender that gives a new attempt to each request fills no memory."""
+    monkeypatch.setattr(module, "_STORED_EVERY", 1)
+    core = Core(FileStore(tmp_path), limits=Limits(accounts=6))
+    for attempt in range(1, 7):
+        receive(core, *body(frames(40 * (attempt > 1) + 1, 40 * (attempt > 1) + 3, attempt=attempt)))
+        finished(core._hours.tidying())
+    assert core.use()["summed ranks"] == (3.0, 6.0)
+    assert hours(core).run.attempts == 3
+    before = hours(core)
+    written: list[str] = []
+    core._hours._file._file.connection.set_trace_callback(written.append)
+    receive(core, *body(frames(44, 45, attempt=3)))
+    finished(core._hours.tidying())
+    assert sum("INTO accounts" in each for each in written) == 1  # of the only attempt that goes on
+    core.close()
+    again = Core(FileStore(tmp_path), limits=Limits(accounts=6))
+    assert hours(again).run.parts["productive"] == pytest.approx(before.run.parts["productive"] + 2 * 8.0)
+    assert again.use()["summed ranks"] == (3.0, 6.0)
+    again.close()
+
+
+SUMS = ("[" * 100_000, '{"steps": 1e400}', "7", "x", '{"first": ["x", 0, 0, 0, 0], "last": null, "knots": []}')
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        *(("accounts SET account", text) for text in SUMS),
+        *(("accounts SET rank", rank) for rank in (1.8e19, -1, 2**31)),
+        ("cursors SET cursor", "x"),
+    ],
+    ids=map(str, range(len(SUMS) + 4)),
+)
+def test_sums_that_no_gateway_can_have_written_are_read_anew(tmp_path: Path, change: str, value: Any) -> None:
+    core = Core(FileStore(tmp_path))
+    receive(core, *body(frames(1, 50)))
+    before = hours(core)
+    core.close()
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        connection.execute(f"UPDATE {change} = ?", (value,))
+    connection.close()
+    again = Core(FileStore(tmp_path))
+    assert hours(again) == before
+    assert asyncio.run(again.hours(HoursRequest(run_id="run", with_accounts=True))).ranks[0].rank == 0
+    again.close()
+
+
+@pytest.mark.parametrize("wrong_ms", [1e300, 2.0**52, 1.7e308])
+def test_durations_that_cannot_be_make_no_fault_of_the_answer(core: Core, wrong_ms: float) -> None:
+    """Anybody may send them: of their own run, the hours are senseless, but they are told."""
+    long = [
+        frame._replace(numbers=(wrong_ms, wrong_ms), time_unix_ns=frame.time_unix_ns + frame.sequence)
+        for frame in frames(1, 3)
+    ]
+    receive(core, *body(long), phase_body(phase(1, "checkpoint", 100, 5.0)._replace(start_unix_ns=-(2**62))))
+    answer = asyncio.run(core.hours(HoursRequest(run_id="run", with_accounts=True)))
+    assert all(0.0 <= part.spent_ms < math.inf for part in answer.run.parts)
+    assert [phase.number for phase in answer.phases] == [1]
+    core.close()

@@ -29,6 +29,17 @@ def commit(self, commit=member.Member._commit):
 member.Member._commit = commit
 """
 
+# A session that lasts until a member that was killed is back, and a look at the group every second.
+PATIENT = """
+import esper_otel.gateway.kafka.group_watch as watch
+member.SESSION_MS, watch._LOOK_EVERY_S = 10_000, 1.0
+"""
+# A member that is killed when it is to hand over some of its partitions.
+DIES_HANDING_OVER = f"""
+{PATIENT}
+member.Member._revoked = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 
 def test_members_and_servers_die_and_hang(broker: str) -> None:
     """One dies inside a transaction and comes back, one hangs for longer than its session, a server is killed."""
@@ -65,6 +76,27 @@ def test_members_and_servers_die_and_hang(broker: str) -> None:
         len(block_of(message.key(), message.value()).frames) for message in tier.records("frames", "read_uncommitted")
     )
     assert all_frames > 8 * ranks.step  # the control: without transactions, steps would be there twice
+
+
+def test_partitions_that_a_member_was_about_to_hand_over_find_one(broker: str) -> None:
+    """It is back under its name before it is missed: the brokers give it what it had last, and ask nobody else."""
+    tier = Tier(broker)
+    ranks = Ranks(tier, "left", 8)
+    with ExitStack() as running:
+        dying = running.enter_context(tier.member("first", patch=DIES_HANDING_OVER))
+        until("it has all", lambda: dying.metric("kafka_partitions") == 4)
+        members = [running.enter_context(tier.member("second", patch=PATIENT))]
+        until("it is dead", lambda: dying.process.poll() is not None)
+        members.append(running.enter_context(tier.member("first", patch=PATIENT)))
+        until("all have one", lambda: sum(each.metric("kafka_partitions") for each in members) == 4)
+        ranks.send(10)
+        tier.flush()
+        puller = Puller("left", [running.enter_context(tier.server())])
+        puller.pull(80)
+        assert puller.losses == ranks.expected()
+        for each in members:
+            each.end()
+    assert any("have no member: this one lets the group divide them again" in each.said for each in members)
 
 
 def test_a_transaction_that_never_ends_holds_up_nobody(broker: str) -> None:

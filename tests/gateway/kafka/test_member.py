@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException
 from frame_examples import RUN, make_frame
 
+from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.kafka import member as module
 from esper_otel.gateway.kafka import member_process
 from esper_otel.gateway.kafka.brokers import SESSION_MS, Brokers, MemberEnds
 from esper_otel.gateway.kafka.cursors import PullSelection, Stand
 from esper_otel.gateway.kafka.entries import Entry, FetchedEntries
+from esper_otel.gateway.kafka.group_watch import GroupWatch
 from esper_otel.gateway.kafka.member import Member, MemberOptions
 from esper_otel.gateway.kafka.tier_core import TierCore
 from esper_otel.gateway.kafka.topics import Tier, Topics
@@ -101,6 +105,56 @@ def test_states_are_written_partition_by_partition(member: Any) -> None:
     assert member._turn(now_s) == set()
     turns = [member._turn(now_s + 1.25 * number) for number in range(1, 9)]
     assert turns == [{partition} for partition in (0, 1, 2, 3, 0, 1, 2, 3)]
+
+
+def test_the_partitions_of_a_member_share_its_memory(member: Any) -> None:
+    """However many it has: those of one that takes over all of them do not take more."""
+    whole = member._limits
+    for count in (1, 4):
+        member._shards = {partition: Mock() for partition in range(count)}
+        member._divide()
+        for shard in member._shards.values():
+            [limits] = shard.limit.call_args.args
+            assert limits.kept_bytes == whole.kept_bytes // count == 128 * 2**20 // count
+            assert limits.waiting_points == whole.waiting_points // count
+            assert limits.runs == 20_000
+
+
+def test_a_member_has_room_for_more_ranks_unless_it_is_told_otherwise() -> None:
+    assert member_process._limits_of([]) == module.MEMBER_LIMITS
+    assert member_process._limits_of(["runs=50", "kept_bytes=7"]).runs == 50
+    with pytest.raises(ConfigurationError, match="stored_writers, http_connections, grpc_connections do not go with"):
+        member_process._limits_of(["stored_writers=5"])
+
+
+def test_partitions_without_a_member_are_noticed_when_the_group_is_at_rest() -> None:
+    """Not at once: while a group divides them, some have none for a moment. Then one member must be missed."""
+
+    def found(name: str, groups: Sequence[tuple[str, int]]) -> list[int]:
+        """After which looks a member must be missed; in each group, so many of four partitions have one."""
+        watch = GroupWatch(Mock(), "group", "otlp", 4, name)
+        watch._client = Mock()
+        missed = []
+        for number, (state, given) in enumerate(groups):
+            answer = Future[Any]()
+            watch._client.describe_consumer_groups.return_value = {"group": answer}
+            now_s = 100.0 * (number + 1)
+            assert not watch.left(now_s) | watch.left(now_s)
+            places = [Mock(topic="otlp", partition=partition) for partition in range(given)]
+            places.append(Mock(topic="other", partition=3))
+            members = [Mock(group_instance_id=each) for each in ("one", "two")]
+            for member, some in zip(members, ([], places), strict=True):
+                member.assignment.topic_partitions = some
+            answer.set_result(Mock(state=ConsumerGroupState[state], members=members))
+            left = watch.left(now_s)
+            assert left in (set(), set(range(given, 4)))
+            missed += [number] if left else []
+        return missed
+
+    changing = [("STABLE", 1), ("PREPARING_REBALANCING", 0), *[("STABLE", 3)] * 4, ("STABLE", 4)]
+    assert found("one", changing) == [3, 5]
+    assert found("two", changing) == [5]
+    assert found("three", changing) == []
 
 
 @pytest.mark.parametrize("code", [KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PROGRESS])

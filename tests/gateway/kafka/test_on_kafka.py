@@ -15,6 +15,7 @@ import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions
+from log_requests import body as event_body
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from programs import Redis, until
 from tiers import Puller, Ranks, RunningTierProcess, Tier, broker
@@ -24,7 +25,7 @@ from esper_otel.gateway.core import Core
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Packets
-from esper_otel.pull.client import page_of
+from esper_otel.pull.calls import page_of
 from esper_otel.pull.messages import PullRequest, RanksRequest, RanksResponse
 from esper_otel.pull.views import run_ranks
 
@@ -184,6 +185,40 @@ def test_retention_that_overtakes_a_puller_is_a_gap(broker: str) -> None:
         assert one.losses[1][10:] == ranks.expected()[1][10 + one.gap :]
         assert every.gap == 120 - len(every.packets)
         assert one.gap > 0
+
+
+def test_events_have_one_order_at_all_servers(broker: str) -> None:
+    """A cursor of one server is valid at another one, and at one that began later; what comes again is left out."""
+    tier = Tier(broker)
+
+    def send(*bodies: bytes) -> None:
+        for body in bodies:
+            tier.send("", body, topic="events")
+        tier.flush()
+
+    def pulled(
+        server: RunningTierProcess, cursor: str | None, most: int = 64, wait_s: float = 30
+    ) -> tuple[list[int], str, int]:
+        with TamiyoClient(server.grpc, timeout_s=60) as client:
+            page = client.events("run", cursor, max_events=most, wait_s=wait_s)
+        return [event.number for event in page], page.cursor, page.gap
+
+    with tier.server() as first, tier.server() as second:
+        send(event_body("run", 1, 2), b"\x0a\xff\xff", event_body("run", 2, 3, 6), event_body("other", 1))
+        assert pulled(second, None, 1)[0] == [1]
+        numbers, cursor, gap = pulled(first, None)
+        assert (numbers, gap) == ([1, 2, 3, 6], 2)
+        send(event_body("run", 7), event_body("run", 1, rank=1))
+        numbers, _, gap = pulled(second, cursor)
+        assert (numbers[:1], gap) == ([7], 0)
+        assert second.metric("events_total") == 7
+        assert second.metric("repeated_events_total") == 1
+    assert "is left out: not an ExportLogsServiceRequest" in second.said
+    with tier.server() as third:
+        until("it has read them", lambda: third.metric("events_total") == 7)
+        numbers, last, _ = pulled(third, cursor)
+        assert numbers == [7, 1]
+        assert pulled(third, last, wait_s=0) == ([], last, 0)
 
 
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="Redis is not installed")

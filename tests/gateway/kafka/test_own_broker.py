@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import warm
 from brokers import Broker, NoBroker
 from certificates import Authority
 from programs import ROOT, Collector, soak
@@ -49,10 +48,9 @@ class SecureBroker(Broker):
             str(self.config("admin")),
             *options,
         ]
-        subprocess.run(
-            [sys.executable, ROOT / "deploy" / "kafka" / "acls.py", *given, "--kafka-config", self.config("admin")],
-            check=True,
-        )
+        acls = ROOT / "deploy" / "kafka" / "acls.py"
+        done = warm.run(acls, *given, "--kafka-config", self.config("admin"), imported=warm.PACKAGE)
+        assert done.returncode == 0, done.stderr
 
     def running(self, tier: Tier, command: str, user: str, *options: str, password: str = "") -> RunningTierProcess:
         """A member or a server that is a user of this broker."""

@@ -56,6 +56,24 @@ def test_a_step_that_the_brokers_refuse_is_left_out(broker: str) -> None:
     assert "Raise max.message.bytes there" in member.said
 
 
+def test_steps_that_are_too_many_for_one_record_are_in_several(broker: str) -> None:
+    """The topic of frames allows less than a record may have: nothing is left out, and nothing is refused."""
+    tier = Tier(broker, partitions=1)
+    tier.change("frames", max_message_bytes="8000")
+    ranks = Ranks(tier, "split", 1, together=200)
+    with tier.member("one") as member, tier.server() as server:
+        ranks.send(200)
+        tier.flush()
+        puller = Puller("split", [server])
+        puller.pull(200)
+        assert puller.losses == ranks.expected()
+        assert puller.gap == 0
+        assert member.metric("kafka_too_large_total") == member.metric("kafka_restarts_total") == 0
+    sizes = [len(each.value()) for each in tier.records("frames")]
+    assert len(sizes) > 2
+    assert max(sizes) < 8_000
+
+
 def test_an_older_version_leaves_alone_what_a_newer_one_has_written(broker: str) -> None:
     """Its requests wait until it is updated too: nothing is lost, and nothing is there twice."""
     tier = Tier(broker, partitions=2)

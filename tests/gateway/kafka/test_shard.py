@@ -17,6 +17,7 @@ from esper_otel.frames.records import RecordWriter
 from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_stands, cursor_text
+from esper_otel.gateway.kafka.entries import Record, entries_of
 from esper_otel.gateway.kafka.shard import Commit, RequestRecord, Shard
 from esper_otel.gateway.kafka.topic_records import (
     FrameBatch,
@@ -32,6 +33,8 @@ from esper_otel.gateway.kafka.topic_records import (
 from esper_otel.gateway.limits import Limits
 from esper_otel.schema import Stage
 from esper_otel.schema.events import EVENT_SCOPE
+
+pytestmark = pytest.mark.own_code
 
 STEPS, RANKS = 24, 3
 
@@ -220,6 +223,23 @@ def test_a_run_that_failed_before_its_first_step_is_known_until_it_is_old() -> N
     assert not log.shard.writers
 
 
+def test_a_rank_that_comes_back_after_it_was_forgotten_is_not_passed_over() -> None:
+    """Its frames are counted anew; a puller that has had more of them before gets all of those to come."""
+    enc = encoder("process-0")
+    log = Log([b"".join(each.body for each in enc.requests(blocks_of([step_of(0, step)]))) for step in (1, 2, 3, 4)])
+    log.work(3, of_all=True, dies=False)
+    assert log.shard.idle(2**63)
+    log.states.clear()
+    log.shard = Shard(0, limits=Limits(), hold_s=2.0, linger_s=0.05)
+    log.work(1, of_all=True, dies=False)
+    log.work(0, of_all=True, dies=False, waits_s=5)
+    key, value = log.frames[-1]
+    record = Record(0, 9, 1, key, value)
+    for rank in (None, 0):
+        [entry] = entries_of(record, Stand(9, 0, 3), rank)
+        assert (entry.frame.item.frame.global_step, entry.gap, entry.after) == (4, 0, Stand(10, 0, 1))
+
+
 def test_counts_go_on_after_a_takeover() -> None:
     origin = Origin("run", 0, 0)
     before = RunState(origin, 1, "", 3, 9, 0, 0, differing=2, too_late=1, incomplete=4, first_time_unix_ns=5)
@@ -244,12 +264,12 @@ def test_cursors_name_topics_ranks_and_places() -> None:
 
 
 def test_events_in_the_topic_are_not_lost_without_a_word() -> None:
-    """A tier keeps no events: such a record is put aside with the reason. A step that names them is a step."""
+    """They have a topic of their own: such a record is put aside with the reason. A step that names them is a step."""
     bodies = [*encoder().requests(blocks_of([make_frame(run=replace(RUN, experiment=EVENT_SCOPE))]))]
     shard = Shard(0, limits=Limits(), hold_s=2.0, linger_s=0.05)
     values = [event_body("run", 1), *(each.body for each in bodies)]
     records = [RequestRecord(offset, TIME_UNIX_NS, b"", value) for offset, value in enumerate(values)]
     [bad] = shard.take(records, 0.0)
     assert bad.record.offset == 0
-    assert "a tier on Kafka keeps none" in bad.reason
+    assert "they belong in the topic of events" in bad.reason
     assert sum(len(batch.frames) for batch in shard.release(10.0)) == 1

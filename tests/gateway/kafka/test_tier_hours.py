@@ -25,6 +25,8 @@ from esper_otel.hours.account import PhaseTimes
 from esper_otel.hours.bar import RunHours
 from esper_otel.schema import METRICS
 
+pytestmark = pytest.mark.own_code
+
 START_NS = 1_800_000_000 * 10**9
 CATALOGUE = {metric.name: metric for metric in METRICS}
 RANKS, STEPS = 3, 30

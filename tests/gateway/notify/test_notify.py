@@ -17,8 +17,10 @@ from typing import Any, cast
 
 import pytest
 import requests
+from frame_examples import RUN, make_frame
 from gateways import RunningGateway
 from programs import until
+from wire import bodies
 
 import esper_otel
 from esper_otel.cli import main
@@ -26,10 +28,15 @@ from esper_otel.errors import ConfigurationError, UnknownRun
 from esper_otel.gateway.changes import ChangedRuns
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.items import Origin, RunState, RunStatus
+from esper_otel.gateway.notify import watcher
 from esper_otel.gateway.notify.notice import ENDED, ENTERED, ESCALATED, LEFT, Alerts, Notice, as_slack
 from esper_otel.gateway.notify.watcher import Watcher
 from esper_otel.gateway.notify.webhook import Webhook, WebhookAddress
+from esper_otel.gateway.security import Grant
+from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.settings import EsperSettings
+
+pytestmark = pytest.mark.own_code
 
 
 class Hook:
@@ -139,6 +146,48 @@ def test_too_many_notices_are_bounded_and_said() -> None:
     assert counts == {"sent": 1000, "dropped": 500}
 
 
+def test_one_tenant_s_notices_do_not_take_the_place_of_another_s() -> None:
+    """Nor do its alerts: who has most of either loses some."""
+    hook, counts = Hook(), Counter[str]()
+    honest = notice(ENTERED, run_id="honest")._replace(tenant="honest")
+    rogue = [notice(ENTERED, run_id=f"rogue-{at}")._replace(tenant="rogue") for at in range(1_200)]
+    with hook.listening() as url:
+
+        async def flood() -> None:
+            webhook = Webhook(WebhookAddress.of(url, "--notify"), counts, every_s=0.0)
+            webhook.put([honest])
+            webhook.put(rogue)
+            await webhook.close(30.0)
+
+        asyncio.run(flood())
+    told = [each["run_id"] for body in hook.taken for each in body["notices"]]
+    assert (len(told), "honest" in told) == (1_000, True)
+    assert "tenant" not in hook.taken[0]["notices"][0]
+    alerts = Alerts(most=3)
+    alerts.of([honest, *rogue[:9]])
+    assert [each["labels"]["run_id"] for each in alerts.active()] == ["honest", "rogue-7", "rogue-8"]
+
+
+def test_a_tenant_with_very_many_runs_leaves_room_to_watch_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watcher, "_MOST_RUNS", 4)
+    core = Core(MemoryStore())
+    watching = Watcher(core, [Told()])
+
+    async def run() -> None:
+        for whose, count in (("rogue", 5), ("honest", 1)):
+            for number in range(count):
+                run = replace(RUN, run_id=f"{whose}-{number}")
+                [body] = bodies([make_frame(run=run, sequence=1, global_step=1)])
+                core.receive(body, grant=Grant("", whose))
+        await watching.look()
+
+    asyncio.run(run())
+    followed = [*watching._followed]
+    assert len(followed) == 3
+    assert "honest-0" in followed
+    core.close()
+
+
 def test_alertmanager_is_told_what_goes_on_and_what_is_over() -> None:
     """An escalated alert keeps the labels that identify it, so that its end is the end of the one that began."""
     alerts = Alerts()
@@ -196,6 +245,9 @@ class Runs:
 
     def known_runs(self) -> set[str]:
         return self.known
+
+    def tenant(self, run_id: str) -> str:
+        return ""
 
     def state_of(self, run_id: str) -> RunStatus:
         return self.state

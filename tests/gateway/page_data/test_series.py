@@ -93,7 +93,7 @@ TWICE = [*[("step", 1, {})] * 10, ("correct", 0, {}), ("correct", 0, {"loss": 0.
 
 @example(TWICE, 7, 10)
 @given(st.lists(event, min_size=1, max_size=120), st.sampled_from([7, 40]), st.integers(10, 30))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_value_is_hidden_and_what_is_new_is_enough(
     monkeypatch: pytest.MonkeyPatch, events: list[tuple[str, int, dict[str, float]]], rows: int, most: int
 ) -> None:
@@ -117,8 +117,9 @@ def test_no_value_is_hidden_and_what_is_new_is_enough(
                     made = kept[key] = kept[key]._replace(values={**kept[key].values, **values})
                     store.add([item(made, revisions[key])])
                     continue
-                # between that step and the next one, so that it belongs to the same segment
-                made = kept[key]._replace(time_ns=kept[key].time_ns + 10**6 * (number + 1), values=values)
+                # between that step and the next one, so that it belongs to the same segment, and at a time of its own
+                second_ns = kept[key].time_ns // 10**9 * 10**9
+                made = kept[key]._replace(time_ns=second_ns + 10**6 * (number + 1), values=values)
             else:
                 attempt += what == "attempt"
                 step = step + much if what == "step" else max(step - much, 0) + 1

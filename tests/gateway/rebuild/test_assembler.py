@@ -100,7 +100,7 @@ def rows(frame: Frame) -> dict[str, dict[str, bytes]]:
     return {seed: {name: bits(cell) for name, cell in cells.items()} for seed, cells in frame.seeds.rows() if cells}
 
 
-@examples(60)
+@examples(30)
 @given(histories(), st.integers(0, 2**32))
 def test_scattered_frames_come_out_once_in_order_and_unchanged(history: list[Frame], seed: int) -> None:
     """What the network does to requests must not change what a controller sees of a step."""
@@ -129,7 +129,7 @@ def living(count: int, start: int = 1, run: Run = RUN) -> list[Frame]:
     ]
 
 
-@examples(60)
+@examples(30)
 @given(st.integers(1, 6), st.integers(0, 2**32))
 def test_scattered_frames_make_the_packets_of_the_process(count: int, seed: int) -> None:
     """A controller behind the gateway must see what one in the process sees, whole and without waiting."""

@@ -94,7 +94,7 @@ def test_a_frame_number_that_comes_after_the_release_fills_its_place() -> None:
     assert gateway.assembler.runs(gateway.now_s)[0].missing == 0
 
 
-@examples(60)
+@examples(30)
 @given(st.integers(2, 8), st.permutations(range(16)), st.lists(st.sampled_from([0.0, 0.03, 0.06, 1.0]), min_size=16))
 def test_no_step_of_a_plain_sender_takes_anothers_number(count: int, order: list[int], waits: list[float]) -> None:
     """Values and steps in requests of their own, in any order: no two frames have one number in one revision."""

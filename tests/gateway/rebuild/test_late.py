@@ -62,7 +62,7 @@ def test_a_gateway_that_joins_late_says_nothing_of_what_went_elsewhere() -> None
     assert (state(gateway).missing, state(gateway).unseen) == (999, 999_000)
 
 
-@examples(25)
+@examples(12)
 @given(st.integers(2, 24), st.integers(0, 2**32), st.booleans())
 def test_any_order_any_delay_and_any_restart_lose_nothing(
     tmp_path_factory: pytest.TempPathFactory, count: int, seed: int, is_patient: bool
@@ -238,7 +238,7 @@ def test_a_late_beginning_of_many_steps_takes_no_time() -> None:
     assert made <= 1500 + 500
 
 
-@examples(100)
+@examples(50)
 @given(st.lists(st.integers(1, 30), unique=True, min_size=1, max_size=30), st.data())
 def test_holes_are_those_of_a_set(numbers: list[int], data: st.DataObject) -> None:
     """The slow way: a set of the numbers that have come."""

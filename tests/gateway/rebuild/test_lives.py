@@ -142,7 +142,7 @@ def assert_as_in_the_process(items: Iterable[Item], frames: Sequence[Frame]) -> 
         assert sorted(item.frame.retired) == sorted(frame.retired)
 
 
-@examples(25)
+@examples(12)
 @given(lives(), st.data())
 def test_late_doubled_and_cut_steps_come_right_over_restarts(
     tmp_path_factory: pytest.TempPathFactory, frames: list[Frame], data: st.DataObject
@@ -158,7 +158,7 @@ def test_late_doubled_and_cut_steps_come_right_over_restarts(
     assert_as_in_the_process(items, frames)
 
 
-@examples(50)
+@examples(25)
 @given(lives(most=5), st.integers(0, 2**32), st.integers(0, 3))
 def test_steps_whose_points_come_in_pieces_come_right_over_restarts(
     tmp_path_factory: pytest.TempPathFactory, frames: list[Frame], seed: int, restarts: int
@@ -198,7 +198,7 @@ def test_a_long_run_comes_right_over_restarts_in_any_order(tmp_path: Path, order
     assert_as_in_the_process(received(requests, tmp_path), frames)
 
 
-@examples(25)
+@examples(12)
 @given(lives(), st.data())
 def test_a_step_marked_complete_is_never_wrong_about_who_lives(frames: list[Frame], data: st.DataObject) -> None:
     """Steps that never come, and a gateway that has forgotten everything: what cannot be known is marked."""
@@ -214,7 +214,7 @@ def test_a_step_marked_complete_is_never_wrong_about_who_lives(frames: list[Fram
     assert {item.frame.global_step for item in items} == by_step.keys() - lost
 
 
-@examples(25)
+@examples(12)
 @given(lives(actions=(RECORDED, RETIRED)), st.data())
 def test_steps_that_never_come_leave_no_doubt_where_the_living_are_recorded(
     frames: list[Frame], data: st.DataObject

@@ -462,7 +462,7 @@ def checked() -> Iterator[dict[str, Checked]]:
                 return Checked(stage, between.bodies)
 
         checks = {name: pool.submit(check, *effect) for name, effect in effects.items()}
-        yield {name: each.result(60) for name, each in checks.items()}
+        yield {name: each.result(600) for name, each in checks.items()}
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -118,7 +118,7 @@ def weight(message: Message) -> int:
     return count
 
 
-@examples(50)
+@examples(25)
 @given(histories(max_size=3), st.lists(st.integers(0, 2**63), max_size=12))
 def test_the_walk_counts_what_protobuf_builds(history: list[Frame], counts: list[int]) -> None:
     request = ExportMetricsServiceRequest()
@@ -138,7 +138,7 @@ def test_the_walk_counts_what_protobuf_builds(history: list[Frame], counts: list
             check_parts(body, ExportMetricsServiceRequest)
 
 
-@examples(20)
+@examples(10)
 @given(st.lists(histories(max_size=3), max_size=3), st.integers(1, 400), st.binary(max_size=6))
 def test_a_request_in_pieces_says_what_the_whole_says(of_runs: list[list[Frame]], small: int, rest: bytes) -> None:
     body = b"".join(body for history in of_runs for body in bodies(history)) + rest
@@ -150,7 +150,7 @@ def test_a_request_in_pieces_says_what_the_whole_says(of_runs: list[list[Frame]]
         assert said(Decoder().decode, body) == whole
 
 
-@examples(25)
+@examples(12)
 @given(st.lists(frames(), min_size=1, max_size=4), st.booleans())
 def test_values_that_come_twice_are_told_as_one_by_one(some: list[Frame], is_same: bool) -> None:
     """By numpy as by ``merged``, the simple way."""
@@ -229,7 +229,7 @@ def test_many_members_cost_no_more_than_their_bytes() -> None:
     assert time.process_time() - start < cpu_patience(1.0)
 
 
-@examples(50)
+@examples(25)
 @given(st.lists(st.binary(max_size=50) | st.binary(min_size=9, max_size=9).map(lambda each: each * 9_000), max_size=8))
 def test_members_are_unpacked_one_after_the_other(contents: list[bytes]) -> None:
     """As Python's own does it, also those that reach over a piece."""

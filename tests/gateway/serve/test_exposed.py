@@ -18,7 +18,7 @@ from test_ports import PROTOBUF, body_of, code_of, export
 
 import esper_otel
 from esper_otel import ConfigurationError, oona
-from esper_otel.gateway import command
+from esper_otel.gateway import options
 from esper_otel.gateway.security import Tokens
 from esper_otel.gateway.serve.http_port import is_own_host
 
@@ -167,6 +167,8 @@ def test_every_path_is_closed_to_pages_of_other_names() -> None:
     [
         ("", True),
         ("::1", True),
+        ("[::ffff:127.0.0.1]:80", True),
+        ("[::1].evil.example", False),
         ("localhost.", True),
         ("app.localhost:80", True),
         ("127.1", False),
@@ -217,7 +219,7 @@ def test_the_password_comes_from_a_file_or_the_environment(tmp_path: Path, monke
 
 def password_of(oona_url: str | None, file: Path | None) -> str | None:
     """As ``esper-otel gateway`` finds it."""
-    return command.password_of(argparse.Namespace(oona=oona_url, oona_password_file=file))
+    return options.password_of(argparse.Namespace(oona=oona_url, oona_password_file=file))
 
 
 def test_passwords_that_are_seen_or_missing_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

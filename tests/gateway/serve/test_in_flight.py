@@ -20,6 +20,7 @@ import grpc
 import numpy as np
 import pytest
 import requests
+from attack.beside import events
 from certificates import Authority
 from frame_examples import RUN, make_frame
 from gateways import RunningGateway, pull
@@ -39,7 +40,7 @@ from esper_otel.gateway.serve import connections, ports
 from esper_otel.gateway.serve.ports import OTLP_SERVICE, Gateway, Ports
 from esper_otel.gateway.store.base import StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
-from esper_otel.pull.messages import SERVICE, PullRequest
+from esper_otel.pull.messages import SERVICE, EventsRequest, EventsResponse, PullRequest
 from esper_otel.schema import METRICS
 
 pytestmark = pytest.mark.lengthy
@@ -226,6 +227,20 @@ def test_polls_are_shared_out_by_token(tmp_path: Path) -> None:
             assert len(pull(channel, "b", cursor, token="few", wait_s=20.0).steps) == 1
             waiting.join()
         assert "esper_gateway_waiting_pulls 999\n" in requests.get(url, timeout=300).text
+
+
+def test_pages_of_events_are_made_one_after_the_other(gateway: RunningGateway) -> None:
+    """Each is 15 MB of objects while it is made, and any number may be asked for at once."""
+    content = gzip.compress(events("run", 1, 1_000))
+    headers = {**PROTOBUF, "content-encoding": "gzip"}
+    assert requests.post(f"http://{gateway.http}/v1/logs", content, headers=headers, timeout=300).ok
+    before = memory_mib(gateway)
+    with gateway.channel() as channel:
+        call = channel.unary_unary(f"/{SERVICE}/Events", None, EventsResponse.FromString)
+        asked = EventsRequest(run_id="run", max_events=1_000).SerializeToString()
+        calls = [call.future(asked, timeout=300) for _ in range(30)]
+        assert [len(each.result().events) for each in calls] == [1_000] * 30
+    assert memory_mib(gateway) - before < 200
 
 
 def steps_with_seeds(run_id: str, steps: int, seeds: int) -> list[bytes]:

@@ -7,8 +7,6 @@ import os
 import random
 import sqlite3
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import requests
+import warm
 from frame_examples import RUN, TIME_UNIX_NS, block_of, make_frame, sealed, seed_table, taken_apart
 from gateways import RunningGateway
 from hypothesis import given
@@ -344,7 +343,7 @@ def test_bytes_changed_anywhere_keep_no_gateway_from_starting(tmp_path: Path) ->
         assert 51 in live(folder, new_step=51)
 
 
-@examples(200)
+@examples(100)
 @given(st.integers(0, 10), st.binary(max_size=60), st.integers(0, 300))
 def test_any_bytes_are_a_frame_or_damaged(number: int, changed: bytes, place: int) -> None:
     """Also if the checksum is right."""
@@ -404,7 +403,7 @@ def test_a_request_that_ends_the_process_does_not_end_it_for_ever(tmp_path: Path
         store.add([], kept=KeptRequest(number, body_of(step), False, 5), first_kept=1)
     store.close()
     for _ in range(3):
-        assert subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], check=False, timeout=300).returncode == 9
+        assert warm.run("-c", CRASH, str(tmp_path), imported=warm.PACKAGE).returncode == 9
     store = FileStore(tmp_path)
     assert store._bodies == [1, 2, 3]
     store.close()
