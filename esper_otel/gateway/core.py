@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from esper_otel.gateway.events.run_events import RunEvents
 from esper_otel.gateway.hours.accounts import Hours
 from esper_otel.gateway.hours.file import AttemptRank
-from esper_otel.gateway.items import Item, Origin, Place
+from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pull_core import PullCore, events_of
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
@@ -166,6 +166,7 @@ class Core(PullCore):
                 self._warnings.say("store", "%s; senders are asked to retry", error)
                 raise
             finally:
+                self.changed.note(runs)
                 self.wake(map(events_of, runs))
             refused.update(decoded.refused)
             self.counts["log_requests"] += 1
@@ -470,6 +471,14 @@ class Core(PullCore):
         self._store.close()
 
     # -- pulling -----------------------------------------------------------------------------------------
+
+    def _early_runs(self) -> set[str]:
+        return {*self._events.run_ids(), *self._hours.runs_with_phases()}
+
+    def _early_states(self, run_id: str, *, has_steps: bool) -> list[RunState]:
+        now_s = self._clock_ns() / 1e9
+        found = self._events.states(run_id, now_s)
+        return found if found or has_steps else self._hours.states(run_id, now_s)
 
     def _accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
         return self._hours.accounting(run_id)
