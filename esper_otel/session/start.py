@@ -25,10 +25,11 @@ from esper_otel.export.endpoint import Endpoint
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.instruments import Instruments, instruments_of
 from esper_otel.export.opening import EventWiring, open_exporter, token_for
-from esper_otel.export.provider import Exporters, OwnProvider, exporters_for
+from esper_otel.export.provider import Exporters, OwnProvider, events_exporter, exporters_for
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
 from esper_otel.frames.black_box import BlackBox
+from esper_otel.frames.event_log import Event
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.frames.ring import Ring
 from esper_otel.leyline.risk import configured
@@ -44,7 +45,7 @@ from esper_otel.record.names import Names
 from esper_otel.record.peak import Peak
 from esper_otel.record.phases import process_start_unix_ns
 from esper_otel.record.recorder import Recorder
-from esper_otel.schema import Metric
+from esper_otel.schema import METRICS, Metric
 from esper_otel.session.absence import reasons
 from esper_otel.session.counts import SessionCounts
 from esper_otel.session.declared_metrics import declared, instrument_entries
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from esper_otel.session.show import Figure
 
 _READERS_S = 1.0  # for the SDK's readers, however long closing has taken before
+_CATALOGUE = frozenset(metric.name for metric in METRICS)
 _STALE_AFTER_NS = 300 * 1_000_000_000
 
 
@@ -171,9 +173,10 @@ class _Session:
         self._hardware = self._described(settings, run) if self._enriched else None
         self._publisher = self._opened_publisher(run, names, settings, epochs)
         self._publisher.settle_run = self._run.settled
-        self._black_box = self._opened_black_box(settings)
+        self._black_box = self._opened_black_box(settings, names)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder(settings)
+        self._lacks_events = False
         self._events = self._opened_events(settings, endpoint)
         attributes = self._resource_of(run).attributes
         self._counts = SessionCounts(
@@ -245,27 +248,30 @@ class _Session:
 
     def _opened_events(self, settings: EsperSettings, endpoint: Endpoint | None) -> EventNotes | None:
         """Returns what notes events; None if they are not sent."""
-        if endpoint is None:
-            return None
 
         def opened() -> EventNotes | None:
-            logs = logs_endpoint_for(settings)
-            if logs is None:
+            exporter = events_exporter()  # also where nothing is sent, since it reports names that nobody has
+            self._lacks_events = exporter.is_on and endpoint is None
+            logs = None if endpoint is None else logs_endpoint_for(settings, exporter)
+            if logs is None or endpoint is None:
                 return None
             sender = open_sender(logs, token_for(logs, endpoint, settings.token_file))
             return EventNotes(self._recorder, self._mistakes, logs, sender)
 
         return spared(settings, opened, lambda _: None)
 
-    def _opened_black_box(self, settings: EsperSettings) -> BlackBox:
-        publisher, resource_of = self._publisher, self._resource_of
-        return BlackBox(
-            publisher.ring,
-            lambda: publisher.run,
-            settings,
-            lambda: resource_of(publisher.run).attributes,
-            self._warnings,
-        )
+    def _opened_black_box(self, settings: EsperSettings, metrics: Names) -> BlackBox:
+        publisher, resource_of, hardware = self._publisher, self._resource_of, self._hardware
+
+        def about() -> Mapping[str, object]:
+            device = () if hardware is None else hardware.points()
+            return {**resource_of(publisher.run).attributes, **(device[0].attributes if device else {})}
+
+        def events() -> Sequence[Event]:
+            return () if self._events is None else self._events.log.newest()
+
+        own = {entry.name: entry.unit for entry in metrics.entries.values() if entry.name not in _CATALOGUE}
+        return BlackBox(publisher.ring, lambda: publisher.run, settings, about, events, own, self._warnings)
 
     def _attached(self, meter_provider: MeterProvider | None, entries: Iterable[Metric]) -> Instruments:
         """Returns the provider's instruments, attached to this session."""
@@ -318,6 +324,7 @@ class _Session:
             warnings=self._warnings,
             events=None if self._events is None else self._event_wiring(self._events),
             device=self.device_points,
+            is_certain=self._run.is_certain,
         )
         publisher.published = exporter.published()
         return exporter
@@ -344,7 +351,7 @@ class _Session:
         name = "its ranks agree on the run id at the first step" if self._run.lacks_run_id else f"run {run.run_id}"
         parts = [name, f"rank {run.rank} of {run.world_size}"]
         parts.append(
-            f"steps are not sent ({off})"
+            f"steps are not sent ({off})" + ", so events are not either" * self._lacks_events
             if endpoint is None
             else f"writing every step to files in {endpoint.target}"
             if endpoint.protocol == "file"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from esper_otel.gateway.events.event_file import EventFile, StoredEvent, StoredEventPage
+from esper_otel.gateway.events.event_file import EventFile, EventfulProcess, StoredEvent, StoredEventPage
+from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive.log_records import EventRecord
 from esper_otel.gateway.store.base import StoreFull
@@ -16,6 +18,8 @@ from esper_otel.pull.messages import Event, EventsResponse
 _AT_ONCE = 100  # stored in one transaction
 _MOST_SHOWN = 500  # on the page
 _IDLE_S = 24 * 3600.0
+# A process says nothing between its start and its first step. After so long without an event, it may be dead.
+_LONG_START_S = 1_800.0
 _FORGOTTEN_AT_ONCE = 10_000  # deleting more would block the event loop for too long
 
 
@@ -27,6 +31,7 @@ class RunEvents:
         limits: how many there may be.
         counts: where events, repeated ones and ignored log records are counted.
         warnings: where faults are reported.
+        age_s: see ``Store.age_s``.
         life: see ``EventFile``.
 
     Attributes:
@@ -39,11 +44,12 @@ class RunEvents:
         limits: Limits,
         counts: Counter[str],
         warnings: Warnings,
+        age_s: Callable[[], float] = time.monotonic,
         life: str | None = None,
     ) -> None:
         self._counts = counts
         self._warnings = warnings
-        self._file = EventFile(folder, limits, warnings, life=life)
+        self._file = EventFile(folder, limits, warnings, age_s, life)
         self._gone: dict[str, None] = {}
         self.refused: Counter[str] = Counter()
 
@@ -91,6 +97,14 @@ class RunEvents:
         """Returns a text that changes with each new event of a run; empty if it has none."""
         return self._file.mark(run_id)
 
+    def run_ids(self) -> set[str]:
+        """Returns the runs that have events."""
+        return self._file.run_ids()
+
+    def states(self, run_id: str, now_s: float) -> list[RunState]:
+        """Returns the state of each process that has sent events, as far as these tell it: nothing of its steps."""
+        return [_state(run_id, process, now_s) for process in self._file.processes(run_id)]
+
     @property
     def damaged(self) -> int:
         """How many damaged files were put aside."""
@@ -131,6 +145,25 @@ class RunEvents:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _state(run_id: str, process: EventfulProcess, now_s: float) -> RunState:
+    sender = process.sender
+    return RunState(
+        Origin(run_id, process.attempt, process.rank),
+        1 if sender is None else sender.run.world_size,
+        "" if sender is None else sender.run.experiment,
+        None,
+        None,
+        0,
+        int((now_s - process.silent_s) * 1e9),
+        ended=process.ended,
+        is_silent=process.silent_s > _LONG_START_S,
+        host="" if sender is None else sender.host,
+        revision="" if sender is None else sender.revision,
+        settings="" if sender is None else sender.settings,
+        location="" if sender is None else sender.location,
+    )
 
 
 def events_message(page: StoredEventPage) -> Generator[None, None, EventsResponse]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -21,8 +22,11 @@ FILE = "hours.sqlite3"
 _MOST_PHASES = 20_000  # of a run; the oldest are dropped first, but never the newest of a name, which has the totals
 _FEWER = 19_000
 _MOST_NEWEST = 100_000  # of a run, with those that have the totals: then the oldest attempts' are dropped as well
+_PROCESSES = "SELECT DISTINCT rank, attempt FROM phases WHERE run = ? LIMIT ?"
+_MOST_PROCESSES = 1_024
 _AT_ONCE = 250  # rows
 _NOTED_EVERY_S = 60.0
+_LONGEST_SILENCE_S = 1e8  # some years
 _MOST_RANK = 2**31
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS phases (
@@ -102,7 +106,7 @@ class _PhasesOfRun:
 
     Attributes:
         tenant: whose share they use.
-        received_s: when the newest arrived, in Unix seconds, to about a minute.
+        received_s: when the newest arrived, by the age of the store, to about a minute.
         count: how many there are.
         shrink_at: above how many the oldest are dropped.
     """
@@ -122,7 +126,7 @@ class HoursFile:
         folder: the folder of the store; None keeps everything in memory.
         limits: how many phases there may be.
         warnings: where damage, and what is dropped, are reported.
-        clock_s: Unix time, in seconds.
+        age_s: see ``Store.age_s``.
 
     Attributes:
         dropped_totals: phases dropped although they had the totals of a rank, attempt and name.
@@ -130,18 +134,18 @@ class HoursFile:
     """
 
     def __init__(
-        self, folder: Path | None, limits: Limits, warnings: Warnings, clock_s: Callable[[], float] = time.time
+        self, folder: Path | None, limits: Limits, warnings: Warnings, age_s: Callable[[], float] = time.monotonic
     ) -> None:
         self._limits = limits
         self._warnings = warnings
-        self._clock_s = clock_s
+        self._age_s = age_s
         self._senders: dict[str, _PhasesOfRun] = {}
         self.dropped_totals: int = 0
         self.places: SharedPlaces = SharedPlaces(limits.all_phases)
         self._file = SideFile(folder, FILE, _SCHEMA, "phases", self._load, warnings)
 
     def _load(self, connection: sqlite3.Connection) -> None:
-        now_s = self._clock_s()
+        now_s = self._age_s()
         self._senders = {
             str(run): _PhasesOfRun(str(tenant), min(received_s, now_s) if type(received_s) is float else now_s)
             for run, tenant, received_s in connection.execute("SELECT run, tenant, received FROM senders")
@@ -176,11 +180,11 @@ class HoursFile:
     def _add(self, some: Sequence[ReceivedPhase], tenant: str) -> int:
         opened, refused = self._file.connection, 0
         taken: list[_PhasesOfRun] = []
-        now_s = self._clock_s()
+        now_s = self._age_s()
         try:
             with self._file.transaction() as connection:
                 for run_id, of_run in groupby(some, itemgetter(0)):
-                    sender = self._senders.get(run_id) or _PhasesOfRun(tenant, 0.0)
+                    sender = self._senders.get(run_id) or _PhasesOfRun(tenant, -math.inf)
                     for _, writer, phase in of_run:
                         row = (run_id, *writer, *phase)
                         if not connection.execute(_INSERT, row).rowcount:
@@ -200,7 +204,7 @@ class HoursFile:
         except BaseException:
             for sender in taken if self._file.connection is opened else ():  # otherwise another file was begun
                 sender.count -= 1
-                sender.received_s = 0.0
+                sender.received_s = -math.inf
                 self.places.give_back(sender.tenant, 1)
             raise
         return refused
@@ -236,6 +240,19 @@ class HoursFile:
             last = rows[-1][1:5]
             yield
         return found
+
+    def runs_with_phases(self) -> set[str]:
+        """Returns the runs of which phases are stored, without reading the file."""
+        return {run_id for run_id, sender in self._senders.items() if sender.count}
+
+    def processes(self, run_id: str) -> tuple[float, list[AttemptRank]]:
+        """Returns for how long no phase of a run has arrived, in seconds, to about a minute, and whose they are."""
+        sender = self._senders.get(run_id)
+        if sender is None:
+            return 0.0, []
+        rows = self._file.rows(_PROCESSES, (run_id, _MOST_PROCESSES))
+        silent_s = min(max(self._age_s() - sender.received_s, 0.0), _LONGEST_SILENCE_S)
+        return silent_s, [AttemptRank(*row) for row in rows if set(map(type, row)) == {int}]
 
     def accounts(self, run_id: str) -> Generator[None, None, StoredAccounts | None]:
         """Returns the sums over the steps of a run, as they were when they were stored last, in parts."""
@@ -273,7 +290,7 @@ class HoursFile:
 
     def abandoned(self, is_known: Callable[[str], bool], idle_s: float) -> list[str]:
         """Returns the runs that are not known, and of which no phase has arrived for so long."""
-        before_s = self._clock_s() - idle_s
+        before_s = self._age_s() - idle_s
         return [run for run, of in self._senders.items() if of.received_s < before_s and not is_known(run)]
 
     def forget(self, run_id: str) -> Generator[None, None, None]:
