@@ -87,7 +87,7 @@ MAY_IMPORT = {
     },
     "gateway/receive": {*BASE, *GATEWAY_BASE, "schema", "frames", "parts"},
     "gateway/hours": {*BASE, *GATEWAY_BASE, "frames", "hours", "pull", "gateway/receive", "gateway/store"},
-    "gateway/events": {*BASE, *GATEWAY_BASE, "pull", "gateway/receive", "gateway/store"},
+    "gateway/events": {*BASE, *GATEWAY_BASE, "schema", "pull", "gateway/receive", "gateway/store"},
     "gateway/rebuild": {*BASE, *GATEWAY_BASE, "schema", "frames", "parts", "gateway/receive"},
     "gateway/store": {*BASE, *GATEWAY_BASE, "frames", "parts", "leyline"},
     "gateway/kafka": {

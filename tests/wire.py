@@ -101,6 +101,7 @@ def said(decode: Callable[[bytes], DecodedRequest], body: bytes) -> object:
         )
     # A request may have several blocks of one sender.
     points = {sender: sorted(of_sender, key=lambda point: point[0]) for sender, of_sender in senders.items()}
+    units = {(block.sender, *pair) for block in decoded.blocks for pair in block.units}
     return (
         points,
         decoded.markers,
@@ -110,4 +111,6 @@ def said(decode: Callable[[bytes], DecodedRequest], body: bytes) -> object:
         decoded.metrics,
         {*decoded.cut},
         {*decoded.alive},
+        {*decoded.devices},
+        units,
     )

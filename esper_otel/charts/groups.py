@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from esper_otel.schema import METRICS, SEED_METRICS, STEP_METRICS, Metric, Need
@@ -21,7 +22,9 @@ _BY_WORDS = (
     (TIME, re.compile(r"_(ms|us|ns|s|sec|seconds)$|(^|[._/-])(time|latency|duration|wait)([._/-]|$)")),
     (SEEDS, re.compile(r"(^|[._/-])seeds?([._/-]|$)")),
 )
-# And its unit: a gateway is told the names of metrics, not their units.
+# And its unit, if it was declared without one.
+_NO_UNIT = frozenset({"", "1"})
+_NO_UNITS: Mapping[str, str] = MappingProxyType({})
 _UNITS_BY_ENDING = (
     ("rate", re.compile(r"per_s(ec|econd)?$")),
     ("ms", re.compile(r"_(ms|millis|milliseconds)$")),
@@ -36,7 +39,7 @@ class MetricDescription(NamedTuple):
 
     Attributes:
         name: its name.
-        unit: its unit; of a user's own metric, what its name ends with; empty if it is not known.
+        unit: its unit; of a user's own metric without one, what its name ends with; empty if it is not known.
         description: what it means; empty if it is not known.
         group: the group of charts.
         level: ``step``, or ``seed``: values over all live seeds of a step.
@@ -51,18 +54,24 @@ class MetricDescription(NamedTuple):
     source: str
 
 
-def described(names: Iterable[str]) -> list[MetricDescription]:
-    """Returns the metrics with these names in order of display: those of the catalogue first, in its order."""
-    known = [_described(name) for name in names]
+def described(names: Iterable[str], units: Mapping[str, str] = _NO_UNITS) -> list[MetricDescription]:
+    """Returns the metrics with these names in order of display: those of the catalogue first, in its order.
+
+    Args:
+        names: the names.
+        units: units of the user's own metrics, as far as they are known.
+    """
+    known = [_described(name, units.get(name, "")) for name in names]
     return sorted(known, key=lambda each: (_ORDER.get(each.name, len(_ORDER)), each.name))
 
 
-def _described(name: str) -> MetricDescription:
+def _described(name: str, said_unit: str) -> MetricDescription:
     metric = _BY_NAME.get(name)
     if metric is None:
         group = next((group for group, words in _BY_WORDS if words.search(name.lower())), LEARNING)
         unit = next((unit for unit, ending in _UNITS_BY_ENDING if ending.search(name.lower())), "")
-        return MetricDescription(name, unit, "", group, "step", "user")
+        is_said = said_unit not in _NO_UNIT
+        return MetricDescription(name, said_unit if is_said else unit, "", group, "step", "user")
     source = "schema" if name in _ASKED_FOR else "ours"
     return MetricDescription(name, metric.unit, metric.description, _group(metric), metric.level, source)
 

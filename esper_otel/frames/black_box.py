@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,7 @@ from esper_otel import unix
 from esper_otel._version import __version__
 from esper_otel.errors import ConfigurationError
 from esper_otel.frames.block import Chunk
+from esper_otel.frames.event_log import MOST_NEWEST, Event, checked_event
 from esper_otel.frames.frame import FINE, NO_SEEDS, Frame, Run
 from esper_otel.frames.records import (
     MAGIC_BYTES,
@@ -32,6 +34,7 @@ from esper_otel.frames.records import (
 )
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, announce
+from esper_otel.schema.who import device_in_words, location_in_words
 from esper_otel.text import printable
 
 if TYPE_CHECKING:
@@ -57,7 +60,9 @@ class BlackBox:
         ring: the frames.
         run: whose they are, as it is known when they are written.
         settings: how many are written at most, and where to.
-        about: attributes of the process, of which host and revision are written.
+        about: attributes of the process and of its device, which say who it is.
+        events: the newest events of the session, which are written, too.
+        units: units of the user's own metrics, by name.
         warnings: where it is logged that a file could not be written.
     """
 
@@ -67,11 +72,15 @@ class BlackBox:
         run: Callable[[], Run],
         settings: EsperSettings,
         about: Callable[[], Mapping[str, object]],
+        events: Callable[[], Sequence[Event]],
+        units: Mapping[str, str],
         warnings: Warnings,
     ) -> None:
         self._ring = ring
         self._settings = settings
         self._about = about
+        self._events = events
+        self._units = units
         self._run = run
         self._frames = settings.black_box_frames
         self._folder = settings.black_box_dir
@@ -130,11 +139,15 @@ class BlackBox:
             "world_size": run.world_size,
             "experiment": run.experiment,
             "device": run.device_id,
+            "hardware": device_in_words(about),
+            "location": location_in_words(about),
             "reason": reason,
             "written_unix_s": round(time.time(), 3),
             "host": str(about.get("host.name", "")),
             "revision": str(about.get("vcs.ref.head.revision", "")),
             "settings": self._settings.changed(),
+            "units": self._units,
+            "events": self._events(),
         }
 
 
@@ -187,6 +200,16 @@ class BoxContent(NamedTuple):
     frames: Sequence[Frame]
     damage: Sequence[Damage]
     is_torn: bool
+
+    @property
+    def events(self) -> list[Event]:
+        """The newest events, oldest first, without any that esper_otel cannot have written."""
+        said = self.about.get("events")
+        found: list[Event] = []
+        for each in said[:MOST_NEWEST] if isinstance(said, list) else ():
+            with suppress(ValueError, TypeError):
+                found.append(checked_event(each))
+        return found
 
 
 def read(path: Path) -> BoxContent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
@@ -22,6 +23,7 @@ from esper_otel.schema.events import (
 Attribute: TypeAlias = str | int | float
 _FIELDS = 10
 _MOST_CHARACTERS = 500  # of a body
+MOST_NEWEST = 100
 _NONE: Mapping[str, Attribute] = MappingProxyType({})
 
 
@@ -105,6 +107,7 @@ class EventLog(Journal[Event, Happening]):
         self._resumed: Event | None = None
         self._stages: dict[str, Event] = {}
         self._signals: dict[str, Event] = {}
+        self._newest: deque[Event] = deque(maxlen=MOST_NEWEST)
         for event in past:
             self._note(event)
             if event.number > delivered:
@@ -127,6 +130,7 @@ class EventLog(Journal[Event, Happening]):
     def _note(self, event: Event) -> None:
         """Remembers what is needed to go on with the frames after it, in a later session if this one is killed."""
         self.sequence = max(self.sequence, event.sequence)
+        self._newest.append(event)
         if event.name == SEED_STAGE:
             self._stages[str(event.attributes.get(SEED_ID.name))] = event
         elif event.name == SIGNAL_ENTERED:
@@ -137,6 +141,11 @@ class EventLog(Journal[Event, Happening]):
             self._resumed = event
         elif event.name == RUN_ENDED:
             self.is_over = True
+
+    def newest(self) -> list[Event]:
+        """Returns the newest events, delivered or not, oldest first."""
+        with self._lock:
+            return list(self._newest)
 
     @property
     def has_resumed(self) -> bool:

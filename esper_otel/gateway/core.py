@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from esper_otel.gateway.events.run_events import RunEvents
 from esper_otel.gateway.hours.accounts import Hours
 from esper_otel.gateway.hours.file import AttemptRank
-from esper_otel.gateway.items import Item, Origin, Place
+from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pull_core import PullCore, events_of
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
@@ -166,6 +166,7 @@ class Core(PullCore):
                 self._warnings.say("store", "%s; senders are asked to retry", error)
                 raise
             finally:
+                self.changed.note(runs)
                 self.wake(map(events_of, runs))
             refused.update(decoded.refused)
             self.counts["log_requests"] += 1
@@ -471,6 +472,14 @@ class Core(PullCore):
 
     # -- pulling -----------------------------------------------------------------------------------------
 
+    def _early_runs(self) -> set[str]:
+        return {*self._events.run_ids(), *self._hours.runs_with_phases()}
+
+    def _early_states(self, run_id: str, *, has_steps: bool) -> list[RunState]:
+        now_s = self._clock_ns() / 1e9
+        found = self._events.states(run_id, now_s)
+        return found if found or has_steps else self._hours.states(run_id, now_s)
+
     def _accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
         return self._hours.accounting(run_id)
 
@@ -488,8 +497,9 @@ class Core(PullCore):
     @property
     def damaged(self) -> Mapping[str, int]:
         """Counts of damaged entries that were removed from the store, by kind; ``store`` are whole files."""
-        files = self._events.damaged + self._hours.damaged
-        return {**super().damaged, "store": super().damaged.get("store", 0) + files}
+        found = Counter(super().damaged)
+        found["store"] += self._events.damaged + self._hours.damaged
+        return found
 
     @property
     def is_ready(self) -> bool:

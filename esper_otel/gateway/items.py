@@ -66,6 +66,9 @@ class Place(NamedTuple):
         revision: revision of its code; empty if it is not known.
         settings: its settings that differ from the defaults, as text; empty if it has none.
         validation_loss: the newest validation loss; None if none is known, or it is NaN.
+        location: where it runs, in words: job, pod, node, local rank; empty if it is not known.
+        device: the device that trains, in words; empty if it is not known.
+        units: units of the user's own metrics, by name.
     """
 
     origin: Origin
@@ -80,6 +83,9 @@ class Place(NamedTuple):
     revision: str = ""
     settings: str = ""
     validation_loss: float | None = None
+    location: str = ""
+    device: str = ""
+    units: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,9 @@ class RunState:
         host: name of its host; empty if it is not known.
         revision: revision of its code; empty if it is not known.
         settings: its settings that differ from the defaults, as text; empty if it has none.
+        location: where it runs, in words: job, pod, node, local rank; empty if it is not known.
+        device: the device that trains, in words: model, name, UUID, PCI address; empty if it is not known.
+        units: units of the user's own metrics, by name.
         last_loss: the loss of the newest step, which may be NaN; None if it has none.
         validation_loss: the newest validation loss, which may be NaN; None if none is known.
         step_received_unix_ns: when the newest step arrived; 0 before the first release.
@@ -133,6 +142,9 @@ class RunState:
     host: str = ""
     revision: str = ""
     settings: str = ""
+    location: str = ""
+    device: str = ""
+    units: tuple[tuple[str, str], ...] = ()
     last_loss: float | None = None
     validation_loss: float | None = None
     step_received_unix_ns: int = 0

@@ -324,4 +324,7 @@ def run_message(state: RunState, stored: int, run_ended: str | None) -> Run:
         host=state.host,
         revision=state.revision,
         settings=state.settings,
+        location=state.location,
+        device=state.device,
+        units=dict(state.units),
     )

@@ -209,6 +209,29 @@ class PullCore(ABC):
         states += [forgotten(origin, ends.get(origin)) for origin in stored if origin not in known]
         return RunStatus(sorted(states, key=attrgetter("origin")), sum(stored.values()), outcomes(states).get(run_id))
 
+    def shown_runs(self) -> set[str]:
+        """Returns the ids of the runs that the page lists: also those of which no step is here."""
+        return self.known_runs() | {run_id for run_id in self._early_runs() if not is_check(run_id)}
+
+    def shown_state(self, run_id: str) -> RunStatus:
+        """Returns what is known of a run, with the processes that have not come to their first step."""
+        known = self.state_of(run_id)
+        ranks = {state.origin[1:3] for state in known.states}
+        found = self._early_states(run_id, has_steps=bool(ranks))
+        early = [state for state in found if state.origin[1:3] not in ranks]
+        if not early:
+            return known
+        states = sorted([*known.states, *early], key=attrgetter("origin"))
+        return RunStatus(states, known.stored, outcomes(states).get(run_id))
+
+    def _early_runs(self) -> set[str]:
+        """Returns the ids of the runs of which something else than steps is here, also of checks."""
+        return set()
+
+    def _early_states(self, run_id: str, *, has_steps: bool) -> list[RunState]:  # noqa: ARG002 - a subclass may know
+        """Returns the state of each process of a run, as far as something else than its steps tells it."""
+        return []
+
     async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:
         """Does the same as ``pulled``, and returns the page as a message."""
         return PullResponse.FromString((await self.pulled(request, grant, bounds)).body)
@@ -414,5 +437,5 @@ class PullCore(ABC):
 
 
 def events_of(run_id: str) -> str:
-    """Returns under which name pullers wait for events of a run; no run has such a name."""
+    """Returns the name under which pullers wait for events of a run; no run has such a name."""
     return f"events\0{run_id}"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from esper_otel.frames.frame import LAST_LOSS, RUN_FIELDS, UNKNOWN_ATTEMPT, Run
 from esper_otel.frames.numbers import finite
 from esper_otel.schema import METRICS, Need
+from esper_otel.schema.who import device_in_words
 
 # Limits for one sender. The texts may be as long as those that a session accepts.
 MOST_ATTRIBUTES = 128
@@ -42,6 +43,7 @@ class Label(NamedTuple):
         rank: the rank given by the point itself, or -1.
         outcome: how a run ended.
         phase: name of a phase.
+        device: the device that the attributes describe, in words; empty if they describe none.
         further: number of unknown attributes.
         fault: why points with these attributes are rejected; empty if they are accepted.
     """
@@ -51,6 +53,7 @@ class Label(NamedTuple):
     rank: int = -1
     outcome: str = ""
     phase: str = ""
+    device: str = ""
     further: int = 0
     fault: str = ""
 
@@ -68,9 +71,10 @@ def label_of_texts(texts: Mapping[str, str], most_bytes: int = MOST_TEXT_BYTES) 
         return Label(fault=TOO_MANY_SETS)
     seed, run_id, outcome = rest.pop("seed_id", ""), rest.pop("esper.run.id", ""), rest.pop("outcome", "")
     rank, phase = rest.pop("esper.rank", ""), rest.get("phase", "")
+    device = device_in_words(rest) if "hw.type" in rest else ""
     if not all(is_valid(text, most_bytes) for text in (seed, run_id, outcome, phase)):
         return Label(fault=INVALID_TEXT)
-    return Label(seed, run_id, _whole(rank, -1, _LARGEST_RANK), outcome, phase, len(rest))
+    return Label(seed, run_id, _whole(rank, -1, _LARGEST_RANK), outcome, phase, device, len(rest))
 
 
 def run_of_texts(texts: Mapping[str, str], most_bytes: int = MOST_TEXT_BYTES) -> Run | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from esper_otel.pull.messages import Run, RunsResponse
 
@@ -36,6 +36,9 @@ class RunInfo:
         host: name of its host; empty if it is not known.
         revision: revision of its code; empty if it is not known.
         settings: its settings that differ from the defaults, as text; empty if there are none or they are not known.
+        location: where it runs, in words: job, pod, node, local rank, parallel dimensions; empty if it is not known.
+        device: the device that trains, in words: model, PyTorch's name, UUID, PCI address; empty if it is not known.
+        units: units of the user's own metrics, by name.
     """
 
     run_id: str
@@ -61,6 +64,9 @@ class RunInfo:
     host: str = ""
     revision: str = ""
     settings: str = ""
+    location: str = ""
+    device: str = ""
+    units: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def run_infos(response: RunsResponse) -> list[RunInfo]:
@@ -78,4 +84,5 @@ def _run_info(run: Run) -> RunInfo:
     for name in ("first_step", "last_step", "ended", "run_ended"):
         if not run.HasField(name):
             said[name] = None
+    said["units"] = dict(run.units)
     return RunInfo(**said)

@@ -1,4 +1,4 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, MutableMapping
 
 from google.protobuf.internal.containers import RepeatedCompositeFieldContainer, RepeatedScalarFieldContainer
 from google.protobuf.message import Message
@@ -44,6 +44,10 @@ class Run(Message):
     host: str
     revision: str
     settings: str
+    location: str
+    device: str
+    @property
+    def units(self) -> MutableMapping[str, str]: ...
     def __init__(
         self,
         *,
@@ -70,6 +74,9 @@ class Run(Message):
         host: str = ...,
         revision: str = ...,
         settings: str = ...,
+        location: str = ...,
+        device: str = ...,
+        units: Mapping[str, str] = ...,
     ) -> None: ...
 
 class PullRequest(Message):

@@ -265,6 +265,8 @@ def _merged(some: list[RunInfo]) -> RunInfo:
         last_step=max(lasts, default=None),
         last_time_unix_ns=max(run.last_time_unix_ns for run in some),
         ended=next((run.ended for run in (newest, *some) if run.ended), None),
+        device=next((run.device for run in (newest, *some) if run.device), ""),
+        units=next((run.units for run in (newest, *some) if run.units), {}),
         resumed=any(run.resumed for run in some),
         missing=max(newest.missing - max(elsewhere - newest.unseen, 0), 0),
         incomplete=sum(run.incomplete for run in some),

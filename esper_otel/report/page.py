@@ -96,6 +96,7 @@ def _shown(text: object) -> str:
 def _data(both: Sequence[Recording], names: Sequence[str], lives: Lives) -> dict[str, Any]:
     runs = []
     metrics: dict[str, None] = {}
+    units = {name: unit for each in both[::-1] for name, unit in each.units.items()}
     for place, each in enumerate(both):
         thinned = ThinnedSteps(_MOST_BUCKETS)
         for number, (_, rows) in enumerate((*each.earlier, EarlierAttempt(each.attempt, each.rows)), 1):
@@ -111,7 +112,7 @@ def _data(both: Sequence[Recording], names: Sequence[str], lives: Lives) -> dict
     return {
         "runs": runs,
         "base": "1" if len(both) > 1 else "",
-        "metrics": [each._asdict() for each in described(metrics)],
+        "metrics": [each._asdict() for each in described(metrics, units)],
         "marks": []
         if step is None or step >= GUESSED_STEP
         else [{"step": step, "text": f"{of}step {step} went wrong"}],

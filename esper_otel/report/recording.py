@@ -122,6 +122,7 @@ class Recording:
         events: what happened in it, of all its attempts, in the order in which the gateway heard of it.
         events_left_out: how many older events there are besides.
         unread: what could not be read of it; empty if everything could.
+        units: units of the user's own metrics, by name.
     """
 
     name: str
@@ -139,6 +140,7 @@ class Recording:
     events: tuple[ShownEvent, ...] = field(default=(), compare=False)
     events_left_out: int = field(default=0, compare=False)
     unread: str = ""
+    units: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def title(self) -> str:
@@ -162,13 +164,22 @@ def of_file(path: Path) -> Recording:
         StepRow(frame.global_step, frame.epoch, frame.time_unix_ns / 1e9, _clean(frame.values()), _seeds_of(frame))
         for frame in content.frames
     )
+    events = tuple(
+        ShownEvent(
+            *(printable(event.name), printable(event.body, _MOST_TEXT), event.time_unix_ns, event.severity, event.step),
+            about["attempt"],
+        )
+        for event in content.events
+    )
     source = _clean_text(path.name.removesuffix(black_box.SUFFIX))
     device = str(about.get("device", "")).partition(":")[0]
     name, reason = _clean_text(about["run_id"]), _clean_text(about["reason"])
     return Recording(
         *(name, about["rank"], about["attempt"], reason, rows, source, device),
         about=_about(about),
+        events=events,
         unread=_unread(content),
+        units=_units(about.get("units")),
         world_size=_world_size(about.get("world_size")),
     )
 
@@ -187,12 +198,20 @@ def _unread(content: black_box.BoxContent) -> str:
 
 def _about(head: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     """Returns what a black box says of the run; anybody may have written the file."""
-    texts = [(name, head.get(name)) for name in ("experiment", "host", "device", "revision")]
+    device = head.get("hardware") or head.get("device")
+    texts = [("experiment", head.get("experiment")), ("host", head.get("host")), ("location", head.get("location"))]
+    texts += [("device", device), ("revision", head.get("revision"))]
     settings = head.get("settings")
     if isinstance(settings, dict) and settings:
         texts.append(("settings", ", ".join(f"{name} = {value}" for name, value in sorted(settings.items()))))
     found = [(name, text) for name, text in texts if isinstance(text, str) and text]
     return tuple((name, _clean_text(text)) for name, text in found)
+
+
+def _units(said: object) -> dict[str, str]:
+    """Returns units that a file states."""
+    found = said.items() if isinstance(said, dict) else ()
+    return {_clean_text(name): _clean_text(unit) for name, unit in found if isinstance(unit, str)}
 
 
 def _world_size(said: object) -> int:
@@ -248,6 +267,7 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
         hours=_hours(client, run_id),
         events=tuple(events),
         events_left_out=left_out,
+        units={} if mine is None else mine.units,
     )
 
 
@@ -280,7 +300,7 @@ def _known(mine: RunInfo | None, of_rank: Sequence[RunInfo]) -> Iterator[tuple[s
     """Yields what a gateway knows of a writer, as pairs of a name and a text."""
     if mine is None:
         return
-    for name in ("experiment", "host", "revision", "settings"):
+    for name in ("experiment", "host", "location", "device", "revision", "settings"):
         if getattr(mine, name):
             yield name, getattr(mine, name)
     before = [run for run in sorted(of_rank, key=lambda run: run.attempt) if run.attempt != mine.attempt]

@@ -29,6 +29,7 @@ from esper_otel.export.provider import Exporters, OwnProvider, events_exporter, 
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
 from esper_otel.frames.black_box import BlackBox
+from esper_otel.frames.event_log import Event
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.frames.ring import Ring
 from esper_otel.leyline.risk import configured
@@ -44,7 +45,7 @@ from esper_otel.record.names import Names
 from esper_otel.record.peak import Peak
 from esper_otel.record.phases import process_start_unix_ns
 from esper_otel.record.recorder import Recorder
-from esper_otel.schema import Metric
+from esper_otel.schema import METRICS, Metric
 from esper_otel.session.absence import reasons
 from esper_otel.session.counts import SessionCounts
 from esper_otel.session.declared_metrics import declared, instrument_entries
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from esper_otel.session.show import Figure
 
 _READERS_S = 1.0  # for the SDK's readers, however long closing has taken before
+_CATALOGUE = frozenset(metric.name for metric in METRICS)
 _STALE_AFTER_NS = 300 * 1_000_000_000
 
 
@@ -171,7 +173,7 @@ class _Session:
         self._hardware = self._described(settings, run) if self._enriched else None
         self._publisher = self._opened_publisher(run, names, settings, epochs)
         self._publisher.settle_run = self._run.settled
-        self._black_box = self._opened_black_box(settings)
+        self._black_box = self._opened_black_box(settings, names)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder(settings)
         self._lacks_events = False
@@ -258,15 +260,18 @@ class _Session:
 
         return spared(settings, opened, lambda _: None)
 
-    def _opened_black_box(self, settings: EsperSettings) -> BlackBox:
-        publisher, resource_of = self._publisher, self._resource_of
-        return BlackBox(
-            publisher.ring,
-            lambda: publisher.run,
-            settings,
-            lambda: resource_of(publisher.run).attributes,
-            self._warnings,
-        )
+    def _opened_black_box(self, settings: EsperSettings, metrics: Names) -> BlackBox:
+        publisher, resource_of, hardware = self._publisher, self._resource_of, self._hardware
+
+        def about() -> Mapping[str, object]:
+            device = () if hardware is None else hardware.points()
+            return {**resource_of(publisher.run).attributes, **(device[0].attributes if device else {})}
+
+        def events() -> Sequence[Event]:
+            return () if self._events is None else self._events.log.newest()
+
+        own = {entry.name: entry.unit for entry in metrics.entries.values() if entry.name not in _CATALOGUE}
+        return BlackBox(publisher.ring, lambda: publisher.run, settings, about, events, own, self._warnings)
 
     def _attached(self, meter_provider: MeterProvider | None, entries: Iterable[Metric]) -> Instruments:
         """Returns the provider's instruments, attached to this session."""

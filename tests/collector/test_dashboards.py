@@ -59,6 +59,7 @@ def train(run_id: str) -> None:
             with telemetry.step(epoch=0) as now:
                 now.put(values, loss=math.nan if step == 30 else 1 / (step + 1), accuracy=step / STEPS)
                 now.put({"step_latency_ms": 20.0, "input_wait_ms": 5.0})
+                now.put({f"esper.{part}_ms": 4.0 for part in ("forward", "backward", "optimizer")})
                 for number in range(3):
                     stage = Stage.TRAINING if step < 40 + number else Stage.BLENDING
                     now.seed(f"seed-{number}", stage=stage, alpha_steps=3, **cells)
@@ -189,8 +190,8 @@ def test_values_are_right_and_not_only_there(stack: Stack) -> None:
     assert last("Validation") == {0.25}
     assert last("Stages") == {float(Stage.BLENDING)}
     assert last("Where a step's time goes", 0) == {5.0}
-    rest = 25.0 - 5.0 - 3 * 0.5
-    assert last("Where a step's time goes", 4) == {rest}
+    assert [last("Where a step's time goes", place) for place in (1, 2, 3, 4, 5)] == [{4.0}] * 3 + [{0.5}] * 2
+    assert last("Where a step's time goes", 6) == {20.0 - 3 * 4.0 - 2 * 0.5}
     assert all(0 <= age_s < patience(60) for age_s in last("Age of the last step"))
 
 

@@ -393,7 +393,10 @@ def test_a_step_that_two_pullers_make_at_the_same_time_is_counted_once() -> None
 
 
 def test_what_is_known_of_a_writer_is_known_after_a_restart(tmp_path: Path) -> None:
-    """Its host, revision and settings, and the newest steps of its ranks; one silent for long is silent at once."""
+    """Its host, revision, settings, place, device and units, and the newest steps of its ranks.
+
+    One silent for long is silent at once.
+    """
     about = {"host.name": "gpu-3", "vcs.ref.head.revision": "0b1c2d3e", "esper.settings": "export_every_s = 5.0"}
     core = Core(FileStore(tmp_path), hold_s=HOLD_S)
     core.start = lambda: None  # type: ignore[method-assign] # nothing runs in an event loop
@@ -401,15 +404,31 @@ def test_what_is_known_of_a_writer_is_known_after_a_restart(tmp_path: Path) -> N
     steps[7] = make_frame(
         sequence=8, global_step=8, time_unix_ns=steps[7].time_unix_ns, recorded={"loss": 1.0, VALIDATION_LOSS: 0.25}
     )
+    steps[8] = make_frame(
+        sequence=9, global_step=9, time_unix_ns=steps[8].time_unix_ns, recorded={"loss": 1.0, "accuracy": 0.5}
+    )
     for body in bodies(steps):
         request = ExportMetricsServiceRequest.FromString(body)
-        for name, text in about.items():
-            request.resource_metrics[0].resource.attributes.add(key=name).value.string_value = text
+        [of_run] = request.resource_metrics
+        for name, text in {**about, "slurm.job.id": "17", "esper.parallel.tp": "1"}.items():
+            of_run.resource.attributes.add(key=name).value.string_value = text
+        for metric in of_run.scope_metrics[0].metrics:
+            if metric.name == "accuracy":
+                metric.name, metric.unit = "my.speed", "m/s"
         core.receive(request.SerializeToString())
+    alone = of_run.scope_metrics[0]
+    alone.ClearField("metrics")
+    alone.scope.name = "esper_otel.device"
+    point = alone.metrics.add(name="esper.device.info").gauge.data_points.add(time_unix_nano=TIME_UNIX_NS, as_double=1)
+    for name, text in {"hw.type": "gpu", "hw.model": "H200", "hw.id": "GPU-1", "esper.device.id": "cuda:0"}.items():
+        point.attributes.add(key=name).value.string_value = text
+    core.receive(request.SerializeToString())
     core.close()
     core = Core(FileStore(tmp_path), hold_s=HOLD_S)
     [state] = core.state_of(RUN.run_id).states
     assert (state.host, state.revision, state.settings) == tuple(about.values())
+    assert (state.location, state.device) == ("Slurm job 17, tp 1", "H200, cuda:0, GPU-1")
+    assert state.units == (("my.speed", "m/s"),)
     recent = core.recent_steps(RUN.run_id)
     assert recent is not None
     assert 400 in recent.steps[0]

@@ -117,28 +117,46 @@ def test_a_run_from_a_gateway_has_the_names_of_the_live_page(monkeypatch: pytest
 
 
 def test_a_run_from_a_gateway_has_what_its_black_box_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory, throughput and the parts of a step have no place in packets; controllers are not sent them either."""
+    """Memory, throughput and the parts of a step have no place in packets; controllers are not sent them either.
+
+    Both say on which device it ran, in which units its own metrics are, and what happened.
+    """
     names = {"esper.memory.process_gb", "esper.tokens_per_s", "esper.forward_ms", "esper.validation.accuracy"}
     settings = EsperSettings(black_box_dir=tmp_path, black_box_frames=8, export_every_s=0)
 
     def step() -> bool:
         with telemetry.step(epoch=0, samples=4, tokens=100) as now, now.part("forward"):
-            now.put(loss=1.0)
+            now.put({"loss": 1.0, "my.speed": 2.0})
         return "esper.memory.process_gb" in telemetry.pull()[-1].names
 
     with RunningGateway() as gateway:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{gateway.grpc}")
-        telemetry = esper_otel.start(run_id="boxed", settings=settings)
+        monkeypatch.setenv("OTEL_LOGS_EXPORTER", "otlp")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        own = [esper_otel.Metric("my.speed", unit="m/s")]
+        telemetry = esper_otel.start(run_id="boxed", settings=settings, metrics=own, device="cpu")
         telemetry.validation(loss=1.0, accuracy=0.5)
+        with telemetry.phase("checkpoint"):
+            pass
         until("the memory is known", step)
         telemetry.close(outcome="KeyError")
         [box] = until("the black box is written", lambda: list(tmp_path.glob("*.esper.steps")))
         with TamiyoClient(gateway.grpc) as client:
-            from_gateway = of_gateway(client, "boxed", 0)
             assert not any(packets.values for packets in client.pull("boxed"))
+            until("the device is described", lambda: client.runs("boxed")[0].device.endswith(", cpu"))
+            from_gateway = of_gateway(client, "boxed", 0)
             with_values = client.pull("boxed", values=True)
             assert list(with_values) == list(client.pull("boxed"))
-    boxed = of_file(box).rows
+    from_box = of_file(box)
+    for name in ("device", "host", "location"):
+        assert dict(from_box.about)[name] == dict(from_gateway.about)[name]
+    assert dict(from_box.about)["location"] == "local rank 0"
+    assert dict(from_box.units) == dict(from_gateway.units) == {"my.speed": "m/s"}
+    units = {metric["name"]: metric["unit"] for metric in data_of(page(from_box))["metrics"]}
+    assert units["my.speed"] == "m/s"
+    assert [event.name for event in from_box.events] == ["esper.run.started", "esper.checkpoint"]
+    assert from_gateway.events[:2] == from_box.events
+    boxed = from_box.rows
     for row, mine in zip(boxed, from_gateway.rows[-len(boxed) :], strict=True):
         known = {name: value for name, value in row.values.items() if name not in {"esper.global_step", "esper.epoch"}}
         assert mine.values == pytest.approx(known, rel=1e-6)

@@ -7,7 +7,7 @@ Esper.element = (name, properties = {}, ...children) => {
   return made;
 };
 
-Esper.GROUPS = { learning: "Learning", time: "Time", throughput: "Throughput", machine: "Machine", seeds: "Seeds", other: "Your own", ranks: "Ranks" };
+Esper.GROUPS = { pinned: "Pinned", learning: "Learning", time: "Time", throughput: "Throughput", machine: "Machine", seeds: "Seeds", other: "Your own", ranks: "Ranks" };
 const MOST_ROWS = 14; // of the read-out
 const MOST_NAMES = 12; // of the legend
 const MOST_EVENTS = 5; // of the read-out
@@ -16,7 +16,7 @@ class Board {
   // place: the element it fills; changed: called when the view changes, to keep it in the URL or to load detail;
   // isNaming: whether it says itself which color is which run's.
   constructor(place, { view = {}, changed = () => {}, isNaming = false } = {}) {
-    this.view = { x: "step", log: false, smooth: 0, filter: "", range: null, folded: new Set(), drag: "zoom", base: "", ...view };
+    this.view = { x: "step", log: false, smooth: 0, filter: "", range: null, folded: new Set(), drag: "zoom", base: "", pins: new Set(), ...view };
     this.changed = changed;
     this.isNaming = isNaming;
     this.runs = []; // {id, name, color, isHidden, series, detail}
@@ -185,19 +185,22 @@ class Board {
     const isWanted = (...texts) => wanted.every((word) => texts.join(" ").toLowerCase().includes(word));
     for (const metric of this.metrics.values()) {
       if (this.charts.has(metric.name)) continue;
-      const chart = new Esper.Chart(this, { id: metric.name, title: metric.name, unit: metric.unit, about: metric.description, draw: Esper.lines(metric.name) });
+      const chart = new Esper.Chart(this, { id: metric.name, title: metric.name, unit: metric.unit, isOwn: metric.source === "user", about: metric.description, draw: Esper.lines(metric.name) });
       chart.group = metric.group;
       chart.element.chart = chart;
       this.charts.set(metric.name, chart);
     }
     const byGroup = new Map();
+    for (const name of this.sections.keys()) byGroup.set(name, []);
     for (const chart of this.charts.values()) {
-      if (!byGroup.has(chart.group)) byGroup.set(chart.group, []);
-      byGroup.get(chart.group).push(chart);
+      const group = this.view.pins.has(chart.id) ? "pinned" : chart.group;
+      if (!byGroup.has(group)) byGroup.set(group, []);
+      byGroup.get(group).push(chart);
     }
     for (const [group, charts] of byGroup) {
       const { element, grid, count } = this.section(group);
-      charts.sort((one, other) => Boolean(other.isExtra) - Boolean(one.isExtra));
+      const pins = [...this.view.pins];
+      charts.sort((one, other) => (group === "pinned" ? pins.indexOf(one.id) - pins.indexOf(other.id) : Boolean(other.isExtra) - Boolean(one.isExtra)));
       const kept = charts.filter((chart) => isWanted(chart.id, chart.title, chart.about, group) && !chart.isNothing);
       if (kept.length !== grid.children.length || kept.some((chart, i) => grid.children[i] !== chart.element)) grid.replaceChildren(...kept.map((chart) => chart.element));
       for (const chart of charts) {
@@ -207,6 +210,15 @@ class Board {
       element.hidden = !kept.length;
       count.textContent = `${kept.length} ${kept.length === 1 ? "chart" : "charts"}`;
     }
+  }
+
+  // Moves a chart to the top, or back to its section.
+  pin(chart) {
+    const isPinned = !this.view.pins.delete(chart.id);
+    if (isPinned) this.view.pins.add(chart.id);
+    this.arrange();
+    this.changed(this.view);
+    chart.element.focus();
   }
 
   // -- drawing ---------------------------------------------------------------------------------------------

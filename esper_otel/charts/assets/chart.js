@@ -15,13 +15,16 @@ const ODD = {
   large: [0.95, "triangle", "▲ above 1e300"], small: [0.05, "inverted_triangle", "▼ below -1e300"],
 };
 const FEW = 60; // a curve with fewer points shows them
+const MANY_EVENTS = 20; // more are marked at the bottom only
 const MOST_ODD = 500; // marks of values that are not finite, for each run
 const LEFT = 62; // the same for all charts, so that equal steps stand below each other
 
+const fileName = (title) => title.replace(/[^\w.-]+/g, "_");
+
 class Chart {
   // board: the board it belongs to; kind: lines, stack, bars or heat.
-  constructor(board, { id, title, unit = "", about = "", height = 230, isLinear = false, isFromZero = false, draw }) {
-    Object.assign(this, { board, id, title, unit, about, height, isLinear, isFromZero, draw, isDirty: true, isSeen: false });
+  constructor(board, { id, title, unit = "", isOwn = false, about = "", height = 230, isLinear = false, isFromZero = false, draw }) {
+    Object.assign(this, { board, id, title, unit, isOwn, about, height, isLinear, isFromZero, draw, isDirty: true, isSeen: false });
     this.element = Esper.element("figure", { className: "chart", tabIndex: 0 });
     this.element.setAttribute("aria-label", `${title}: ${about}`);
     this.caption = Esper.element("figcaption", {}, Esper.element("b", { textContent: title }), " ", Esper.element("small", { textContent: about, title: about }));
@@ -32,7 +35,9 @@ class Chart {
     this.place.append(this.cursor);
     this.acts = Esper.element("span", { className: "acts" });
     this.act("⤢", `make ${title} larger or smaller`, () => this.enlarge());
-    if (draw.metric) this.act("CSV", `save ${title} as a table`, () => Esper.save(`${title.replace(/[^\w.-]+/g, "_")}.csv`, Esper.csv(draw.metric, board)));
+    this.act("pin", `move ${title} to the top, or back`, () => board.pin(this));
+    this.act("PNG", `save ${title} as a picture`, () => this.save());
+    if (draw.metric) this.act("CSV", `save ${title} as a table`, () => Esper.save(`${fileName(title)}.csv`, new Blob([Esper.csv(draw.metric, board)], { type: "text/csv" })));
     this.element.append(this.caption, this.acts, this.place, this.note);
     this.element.addEventListener("keydown", (event) => this.key(event));
     // A finger leaves when it is lifted: what it has pointed at stays until it touches something else.
@@ -54,6 +59,18 @@ class Chart {
     this.names = undefined; // the bars of seeds set their height themselves
     this.board.rebuild(this);
     if (isLarge) this.element.scrollIntoView({ block: "nearest" });
+  }
+
+  // Saves the chart as a picture, on the color of its card.
+  async save() {
+    if (!this.plot) return;
+    const drawn = this.plot.export("png", true).canvas;
+    const picture = Object.assign(document.createElement("canvas"), { width: drawn.width, height: drawn.height });
+    const context = picture.getContext("2d");
+    context.fillStyle = getComputedStyle(this.element).backgroundColor;
+    context.fillRect(0, 0, drawn.width, drawn.height);
+    context.drawImage(drawn, 0, 0);
+    Esper.save(`${fileName(this.title)}.png`, await new Promise((done) => picture.toBlob(done)));
   }
 
   // Builds the figure; the sources of its curves are filled by `draw`.
@@ -80,7 +97,7 @@ class Chart {
     for (const grid of this.figure.grids) grid.grid_line_color = colors.grid;
     this.figure.xaxes[0].axis_label = Esper.AXES[view.x];
     if (!view.log || this.isLinear) this.figure.yaxes[0].formatter = new (Models.get("BasicTickFormatter"))({ power_limit_high: 7, power_limit_low: -4 });
-    const label = Esper.UNITS[this.unit];
+    const label = Esper.UNITS[this.unit] || (this.isOwn && this.unit); // of the others, some units only repeat the name
     if (label) this.figure.yaxes[0].axis_label = label;
     if (view.x === "step") this.figure.xaxes[0].ticker = new (Models.get("BasicTicker"))({ min_interval: 1 }); // no two ticks for one step
     if (view.x === "step") this.figure.xaxes[0].formatter = new (Models.get("NumeralTickFormatter"))({ format: "0,0" });
@@ -186,9 +203,10 @@ class Chart {
     const middle = (start + end) / 2;
     const wide = end - start;
     const at = this.board.pointed ?? middle;
+    const from = Math.min(Math.max(at - wide / 4, start), end - wide / 2); // what is zoomed into is within what was shown
     const moves = {
       ArrowLeft: () => this.board.step(-1, this), ArrowRight: () => this.board.step(1, this),
-      "+": () => this.board.zoom([at - wide / 4, at + wide / 4]), "-": () => this.board.zoom([middle - wide, middle + wide]),
+      "+": () => this.board.zoom([from, from + wide / 2]), "-": () => this.board.zoom([middle - wide, middle + wide]),
       "[": () => this.board.zoom([start - wide / 4, end - wide / 4]), "]": () => this.board.zoom([start + wide / 4, end + wide / 4]),
       0: () => this.board.zoom(null), Escape: () => this.board.point(null),
     };
@@ -270,7 +288,7 @@ function lines(name, chart) {
   if (events.length || chart.sources.has("events")) {
     keys.add("events");
     const color = events.map((event) => board.colors[event.tone] || board.colors.dim);
-    chart.fill("events", { x: events.map((event) => event.x), low: events.map(() => 0), high: events.map(() => 1), color }, (source) =>
+    chart.fill("events", { x: events.map((event) => event.x), low: events.map(() => 0), high: events.map(() => (events.length > MANY_EVENTS ? 0.06 : 1)), color }, (source) =>
       figure.segment({ field: "x" }, { field: "low" }, { field: "x" }, { field: "high" }, { source, y_range_name: "edge", line_color: { field: "color" }, line_alpha: 0.5, line_width: 1 }));
   }
   const odd = { x: [], y: [], marker: [], color: [] };
@@ -338,7 +356,7 @@ Esper.stack = (chart) => {
   const series = run && board.seriesOf(run);
   const found = series && Esper.phases(series, board.view.x);
   if (!found) return;
-  chart.caption.querySelector("small").textContent = `ms, stacked; rest is forward, backward and optimizer${board.shown().length > 1 ? `; of ${run.name}` : ""}`;
+  chart.caption.querySelector("small").textContent = `ms, stacked${found.phases.includes("forward") ? "" : "; rest is forward, backward and optimizer"}${board.shown().length > 1 ? `; of ${run.name}` : ""}`;
   const key = found.phases.join();
   let below = found.columns.x.map(() => 0);
   const columns = { x: found.columns.x, base: below };

@@ -191,7 +191,8 @@ function smoothed(values, weight) {
     if (!Number.isFinite(value)) return value;
     mean = weight * mean + (1 - weight) * value;
     sum = weight * sum + (1 - weight);
-    return mean / sum;
+    const made = mean / sum;
+    return Math.abs(made - value) < 1e-12 * Math.abs(value) ? value : made; // a level curve stays level
   });
 }
 
@@ -217,8 +218,8 @@ Esper.csv = (name, board) => {
 };
 
 // Gives a text to the browser's downloads.
-Esper.save = (name, text) => {
-  const url = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+Esper.save = (name, content) => {
+  const url = URL.createObjectURL(content);
   Esper.element("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 };

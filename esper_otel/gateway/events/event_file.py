@@ -16,9 +16,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 from esper_otel.gateway.limits import Limits, SharedPlaces
 from esper_otel.gateway.receive.log_records import NO_ROOM_FOR_EVENTS, TOO_MANY_EVENTS, EventRecord, Value
+from esper_otel.gateway.receive.request import PointSender
 from esper_otel.gateway.store.base import cursor_place, cursor_text
 from esper_otel.gateway.store.side_file import SideFile
 from esper_otel.log import Warnings
+from esper_otel.schema.events import OUTCOME, RUN_ENDED
+from esper_otel.text import printable
 
 FILE = "events.sqlite3"
 _SCHEMA = """
@@ -36,6 +39,7 @@ _COUNTED = """
 SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*), max(position) FROM events GROUP BY 1, 2, 3
 """
 _MOST_POSITION, _MOST_NUMBER = 2**62, 2**53
+_ENDED = "SELECT run, rank, attempt, content FROM events WHERE content LIKE ?"
 _STRANGE = "it has rows that a gateway cannot have written"
 _AFTER = """
 SELECT position, rank, attempt, process, number, missed, time, content FROM events
@@ -89,6 +93,24 @@ class StoredEvent(NamedTuple):
     attributes: dict[str, Value]
 
 
+class EventfulProcess(NamedTuple):
+    """A process of which there are events.
+
+    Attributes:
+        attempt: its attempt.
+        rank: its rank.
+        silent_s: for how long no event of its run has arrived, while a gateway was running.
+        ended: how it ended; None if no event says so.
+        sender: who it is; None if it has sent no event since this gateway began.
+    """
+
+    attempt: int
+    rank: int
+    silent_s: float
+    ended: str | None
+    sender: PointSender | None
+
+
 class StoredEventPage(NamedTuple):
     """The events after a cursor.
 
@@ -115,6 +137,8 @@ class _EventfulRun:
         received_s: when its newest event arrived, by the age of the store.
         count: how many events it has.
         numbers: of each rank and attempt, the highest number, and how many numbers there are.
+        ended: of each that has said so, how it ended.
+        senders: of each that has sent events since this gateway began, who it is.
     """
 
     id: int
@@ -124,6 +148,8 @@ class _EventfulRun:
     received_s: float
     count: int = 0
     numbers: dict[_Numbered, tuple[int, int]] = field(default_factory=dict)
+    ended: dict[_Numbered, str] = field(default_factory=dict)
+    senders: dict[_Numbered, PointSender] = field(default_factory=dict)
 
 
 class EventFile:
@@ -178,6 +204,10 @@ class EventFile:
                     raise sqlite3.DatabaseError(_STRANGE)
                 by_id[number].numbers[rank, attempt] = highest, distinct
                 by_id[number].count += count
+        for number, rank, attempt, content in connection.execute(_ENDED, (f'["{RUN_ENDED}",%',)):
+            event = _event_of((0, 0, 0, "", 0, 0, 0), content)
+            if number in by_id and event is not None:
+                by_id[number].ended[rank, attempt] = _outcome(event.attributes)
         self._runs = runs
         self.places = SharedPlaces(self._limits.all_events)
         for found in runs.values():
@@ -212,7 +242,9 @@ class EventFile:
 
     def _copied(self, run_id: str) -> _EventfulRun | None:
         run = self._runs.get(run_id)
-        return None if run is None else replace(run, numbers=dict(run.numbers))
+        if run is None:
+            return None
+        return replace(run, numbers=dict(run.numbers), ended=dict(run.ended), senders=dict(run.senders))
 
     def _restore(self, before: Mapping[str, _EventfulRun | None]) -> None:
         """Forgets what was not stored after all: a cursor must not be past events that come when they are repeated."""
@@ -246,6 +278,9 @@ class EventFile:
             highest, count = run.numbers.get((of.rank, of.attempt), (0, 0))
             run.numbers[of.rank, of.attempt] = max(highest, event.number), count + 1
             missed = max(event.number - 1 - highest, 0)
+            run.senders[of.rank, of.attempt] = event.sender
+            if event.name == RUN_ENDED:
+                run.ended[of.rank, of.attempt] = _outcome(event.attributes)
         place = (run.id, run.last, of.rank, of.attempt, process, event.number, missed)
         row = (*place, event.time_unix_ns, event.content())
         connection.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
@@ -309,6 +344,21 @@ class EventFile:
         run = self._runs.get(run_id)
         return "" if run is None else cursor_text(run.life, None, run.last)
 
+    def run_ids(self) -> set[str]:
+        """Returns the runs that have events."""
+        return {*self._runs}
+
+    def processes(self, run_id: str) -> list[EventfulProcess]:
+        """Returns the processes of a run that have sent events, by attempt and rank."""
+        run = self._runs.get(run_id)
+        if run is None:
+            return []
+        silent_s = max(self._age_s() - run.received_s, 0.0)
+        return [
+            EventfulProcess(attempt, rank, silent_s, run.ended.get((rank, attempt)), run.senders.get((rank, attempt)))
+            for attempt, rank in sorted((attempt, rank) for rank, attempt in run.numbers)
+        ]
+
     def missing(self) -> int:
         """Returns how many events have not arrived although later ones of their rank and attempt have."""
         return sum(highest - count for run in self._runs.values() for highest, count in run.numbers.values())
@@ -367,6 +417,11 @@ def _event_of(place: Sequence[Any], content: str) -> StoredEvent | None:
     are_counts = are_numbers and event.missed < event.number < _MOST_NUMBER
     are_values = all(type(each) in _VALUES and (type(each) is not int or abs(each) < 2**63) for each in values)
     return event if are_texts and are_counts and are_values and max(small) < 2**31 else None
+
+
+def _outcome(attributes: Mapping[str, Value]) -> str:
+    """Returns the outcome in the event of a run's end."""
+    return printable(attributes.get(OUTCOME.name, "")) or "ended"
 
 
 def _digest(process: str) -> str:

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from esper_otel.gateway.events.event_file import EventFile, StoredEvent, StoredEventPage
+from esper_otel.gateway.events.event_file import EventFile, EventfulProcess, StoredEvent, StoredEventPage
+from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive.log_records import EventRecord
 from esper_otel.gateway.store.base import StoreFull
@@ -17,6 +18,8 @@ from esper_otel.pull.messages import Event, EventsResponse
 _AT_ONCE = 100  # stored in one transaction
 _MOST_SHOWN = 500  # on the page
 _IDLE_S = 24 * 3600.0
+# A process says nothing between its start and its first step. After so long without an event, it may be dead.
+_LONG_START_S = 1_800.0
 _FORGOTTEN_AT_ONCE = 10_000  # deleting more would block the event loop for too long
 
 
@@ -94,6 +97,14 @@ class RunEvents:
         """Returns a text that changes with each new event of a run; empty if it has none."""
         return self._file.mark(run_id)
 
+    def run_ids(self) -> set[str]:
+        """Returns the runs that have events."""
+        return self._file.run_ids()
+
+    def states(self, run_id: str, now_s: float) -> list[RunState]:
+        """Returns the state of each process that has sent events, as far as these tell it: nothing of its steps."""
+        return [_state(run_id, process, now_s) for process in self._file.processes(run_id)]
+
     @property
     def damaged(self) -> int:
         """How many damaged files were put aside."""
@@ -134,6 +145,25 @@ class RunEvents:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _state(run_id: str, process: EventfulProcess, now_s: float) -> RunState:
+    sender = process.sender
+    return RunState(
+        Origin(run_id, process.attempt, process.rank),
+        1 if sender is None else sender.run.world_size,
+        "" if sender is None else sender.run.experiment,
+        None,
+        None,
+        0,
+        int((now_s - process.silent_s) * 1e9),
+        ended=process.ended,
+        is_silent=process.silent_s > _LONG_START_S,
+        host="" if sender is None else sender.host,
+        revision="" if sender is None else sender.revision,
+        settings="" if sender is None else sender.settings,
+        location="" if sender is None else sender.location,
+    )
 
 
 def events_message(page: StoredEventPage) -> Generator[None, None, EventsResponse]:

@@ -15,7 +15,7 @@ from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frames.frame import GUESSED_STEP, Frame
 from esper_otel.frames.numbers import finite
 from esper_otel.gateway.hours.file import AttemptRank, HoursFile, ReceivedPhase, StoredAccounts
-from esper_otel.gateway.items import Item
+from esper_otel.gateway.items import Item, Origin, RunState
 from esper_otel.gateway.limits import Limits, SharedPlaces
 from esper_otel.gateway.receive.request import PhasePoint
 from esper_otel.gateway.store.base import Store, StoreFull
@@ -39,6 +39,8 @@ _FIELDS = {
 }
 _MOST_PHASES = 1_000  # that are shown
 _LONGEST_MS = 1e12  # of a step that is said to have taken longer, the sums would be infinite
+_SILENT_S = 120.0  # a time of phases is known to about a minute
+_MS = 1_000_000
 
 
 class _RunAccounts:
@@ -194,6 +196,22 @@ class Hours:
             if run.is_current:
                 break
         return run.accounts
+
+    def runs_with_phases(self) -> set[str]:
+        """Returns the runs of which phases are stored."""
+        return self._file.runs_with_phases()
+
+    def states(self, run_id: str, now_s: float) -> list[RunState]:
+        """Returns the state of each process that has phases, as far as these tell it: nothing of its steps."""
+        silent_s, processes = self._file.processes(run_id)
+        return [
+            RunState(
+                Origin(run_id, process.attempt, process.rank),
+                *(1, "", None, None, 0, int((now_s - silent_s) * 1e9)),
+                is_silent=silent_s > _SILENT_S,
+            )
+            for process in processes
+        ]
 
     def _begin(self, run_id: str) -> Generator[None, None, _RunAccounts]:
         """Reads the sums of a run that were stored last; those of other runs make room in memory."""

@@ -274,7 +274,8 @@ def _place_bytes(place: Place) -> bytes:
 
 
 def _place_of(origin: Origin, text: bytes) -> Place:
-    number, lowest, missing, says_step, says_epoch, holes, ends, host, revision, settings, loss = json.loads(text)
+    number, lowest, missing, says_step, says_epoch, holes, ends, *about = json.loads(text)
+    host, revision, settings, loss, location, device, units = about
     for each in (number, lowest):
         if each is not None and type(each) is not int:
             raise TypeError("not a number")
@@ -291,6 +292,9 @@ def _place_of(origin: Origin, text: bytes) -> Place:
         str(revision),
         str(settings),
         None if loss is None else float(loss),
+        str(location),
+        str(device),
+        tuple((str(name), str(unit)) for name, unit in units),
     )
 
 
@@ -307,6 +311,8 @@ def merged_state(state: RunState, before: RunState | None) -> RunState:
         too_late=state.too_late + before.too_late,
         host=state.host or before.host,
         revision=state.revision or before.revision,
+        device=state.device or before.device,
+        units=state.units or before.units,
         ended=state.ended,
         last_received_unix_ns=max(state.last_received_unix_ns, before.last_received_unix_ns),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,9 +72,9 @@ def series(view: View, wanted: SeriesRequest) -> Answer:
     return f'{_object({**head, **rest})[:-1]}, "columns": {columns}, "metrics": {{{", ".join(texts)}}}}}'
 
 
-def metrics(view: View, since: str) -> Answer:
-    """Returns the metrics that a rank has recorded."""
-    cursor = f"{view.life}:{len(view.columns.names)}:{view.columns.left_out}"
+def metrics(view: View, since: str, units: Mapping[str, str]) -> Answer:
+    """Returns the metrics that a rank has recorded; ``units`` are those of the user's own ones."""
+    cursor = f"{view.life}:{len(view.columns.names)}:{view.columns.left_out}:{len(units)}"
     yield
     if since == cursor:
         return _object({**_progress(view), "cursor": cursor, "is_same": True})
@@ -84,7 +84,7 @@ def metrics(view: View, since: str) -> Answer:
             "cursor": cursor,
             "is_same": False,
             "left_out": view.columns.left_out,
-            "metrics": [each._asdict() for each in described(view.columns.names)],
+            "metrics": [each._asdict() for each in described(view.columns.names, units)],
         }
     )
 

@@ -38,10 +38,10 @@ class RunSource(Protocol):
 
     changed: ChangedRuns
 
-    def known_runs(self) -> set[str]:
-        """Returns the ids of all runs."""
+    def shown_runs(self) -> set[str]:
+        """Returns the ids of all runs, also of those without steps."""
 
-    def state_of(self, run_id: str) -> RunStatus:
+    def shown_state(self, run_id: str) -> RunStatus:
         """Returns what is known of a run."""
 
     def entries(self, run_id: str, cursor: str, most: int, rank: int | None = None) -> StoredPage:
@@ -83,7 +83,7 @@ class RunTable:
         changed = self._runs.changed.taken()
         now_s = time.monotonic()
         if changed is None or now_s - self._compared_s > _ALL_EVERY_S:
-            known = self._runs.known_runs()
+            known = self._runs.shown_runs()
             self._compared_s = now_s
             for run_id in [run_id for run_id in self._rows if run_id not in known]:
                 self._drop(run_id)
@@ -130,7 +130,7 @@ class RunTable:
 
     def _make(self, run_id: str) -> None:
         """Makes a run's row, if it is known and no run of a check."""
-        known = self._runs.state_of(run_id)
+        known = self._runs.shown_state(run_id)
         if not known.states:
             return
         row = self._row(run_id, known)
@@ -155,10 +155,7 @@ class RunTable:
     def _row(self, run_id: str, known: RunStatus) -> dict[str, Any]:
         now_ns = self._clock_ns()
         states = [_as_of(now_ns, self._complete(state)) for state in known.states]
-        newest: dict[int, RunState] = {}
-        for state in states:
-            newest[state.origin.rank] = state
-        ranks = [newest[rank] for rank in sorted(newest)]
+        ranks = _newest_of_ranks(states)
         steps = [state.last_step for state in ranks if state.last_step is not None]
         attempts = _attempts(states, known.outcome, now_ns)
         return {
@@ -167,6 +164,7 @@ class RunTable:
             "outcome": known.outcome,
             "experiment": _said(state.experiment for state in ranks),
             "host": _said(state.host for state in ranks),
+            "device": _said(state.device for state in ranks),
             "revision": _said(state.revision for state in ranks),
             "settings": _said(state.settings for state in ranks),
             "start_ms": _ms(min((state.first_time_unix_ns for state in states if state.first_time_unix_ns), default=0)),
@@ -194,6 +192,8 @@ class RunTable:
                     "unseen": state.unseen,
                     "incomplete": state.incomplete,
                     "host": state.host,
+                    "device": state.device,
+                    "location": state.location,
                 }
                 for state in ranks[:_MOST_RANKS]
             ],
@@ -236,6 +236,14 @@ class RunTable:
             is_silent=True,
             last_loss=item.frame.values().get("loss"),
         )
+
+
+def _newest_of_ranks(states: Iterable[RunState]) -> list[RunState]:
+    """Returns the newest state of each rank; of two writers of one attempt, that of the one with the newest step."""
+    newest: dict[int, RunState] = {}
+    for state in sorted(states, key=lambda state: (state.origin.attempt, state.last_time_unix_ns)):
+        newest[state.origin.rank] = state
+    return [newest[rank] for rank in sorted(newest)]
 
 
 def _as_of(now_ns: int, state: RunState) -> RunState:

@@ -138,14 +138,26 @@ class Assembler:
                 track.note(sender, now_s, received_unix_ns)
                 track.end(outcome)
                 self._ended[track.origin] = outcome
+        alive = yield from self._note_signs_of_life(decoded, now_s, received_unix_ns)
+        waits_for = self._crowd.waiting(request, now_s) if rejected[TOO_MANY_RUNS] else ()
+        return Acceptance(decoded.points - rejected.total(), +rejected, request.runs, waits_for, tuple(alive))
+
+    def _note_signs_of_life(
+        self, decoded: DecodedRequest, now_s: float, received_unix_ns: int
+    ) -> Generator[None, None, list[Origin]]:
+        """Notes what known writers have sent besides steps, in parts; returns those that have sent no steps."""
         alive: list[Origin] = []
         for sender in decoded.alive:
             yield
             for track in self._runs.known(sender, now_s):
                 track.note(sender, now_s, received_unix_ns)
                 alive.append(track.origin)
-        waits_for = self._crowd.waiting(request, now_s) if rejected[TOO_MANY_RUNS] else ()
-        return Acceptance(decoded.points - rejected.total(), +rejected, request.runs, waits_for, tuple(alive))
+        for sender, device in decoded.devices:
+            yield
+            for track in self._runs.known(sender, now_s):
+                if track.describe(device):
+                    self._moved[track] = None
+        return alive
 
     def ended(self) -> dict[Origin, str]:
         """Returns the outcomes of the runs that ended since the last call."""
@@ -310,6 +322,7 @@ class Assembler:
                     target = twin
             self._touched[target] = None
             target.learn(shape, now_s, is_ours=block.is_ours)
+            target.learn_units(block.units)
             clash = target.take(time_unix_ns, of_frame, sender, now_s, received_unix_ns, rejected)
             if clash is not None:
                 other = track if target is twin else twin

@@ -22,6 +22,9 @@ _MOST_ROWS, _ROWS_PER_S, _ROWS_PER_POINT = 2_000_000.0, 200_000.0, 64
 # How many frames may be known to be cut before their first part arrives.
 _MOST_CUT = 100
 
+# Of how many of the user's own metrics the unit is known; more are not shown.
+_MOST_UNITS = 256
+
 # How many dead seeds may be known before they are removed.
 _SPARE = 1_000
 
@@ -57,7 +60,10 @@ class Track:
         self._outcome: str | None = None
         self._sender: PointSender | None = None
         self._validation_loss: float | None = None
-        self._stored = ("", "", "")  # host, revision and settings from before a restart
+        self._stored = ("", "", "", "")  # host, revision, settings and location from before a restart
+        self._device = ""
+        self._units: dict[str, str] = {}
+        self._said_units: tuple[tuple[str, str], ...] = ()
         self._first_step: int | None = None
         self._first_step_unix_ns = self._first_unix_ns = 0
         self._last_step: int | None = None
@@ -165,6 +171,15 @@ class Track:
             self._history.uncount()
             self._note_change(now_s)
 
+    def learn_units(self, units: tuple[tuple[str, str], ...]) -> None:
+        """Learns the units of the user's own metrics."""
+        if units is self._said_units:
+            return
+        self._said_units = units
+        for name, unit in units:
+            if name in self._units or len(self._units) < _MOST_UNITS:
+                self._units[name] = unit
+
     def cut(self, time_unix_ns: int, now_s: float) -> None:
         """Records that the frame at this time lacks values that its sender could not tell apart."""
         waiting = self._queue.get(time_unix_ns)
@@ -185,6 +200,11 @@ class Track:
     def end(self, outcome: str) -> None:
         """Records that the run has ended."""
         self._outcome = outcome
+
+    def describe(self, device: str) -> bool:
+        """Records on which device the writer trains; returns whether this must be stored for a restart."""
+        is_new, self._device = device != self._device, device
+        return is_new
 
     def note(self, sender: PointSender, now_s: float, received_unix_ns: int) -> None:
         """Records that something has arrived from the writer."""
@@ -356,7 +376,9 @@ class Track:
     def restore_place(self, place: Place) -> None:
         """Restores the position from before a restart; call it after its frames were restored."""
         self._habits.says_step, self._habits.says_epoch = place.says_step, place.says_epoch
-        self._stored = place.host, place.revision, place.settings
+        self._stored = place.host, place.revision, place.settings, place.location
+        self._device = self._device or place.device
+        self._units = {**dict(place.units), **self._units}
         if self._validation_loss is None:
             self._validation_loss = place.validation_loss
         self._queue.restore_place(place)
@@ -369,13 +391,17 @@ class Track:
         skipped = queue.skipped
         of_frames = (queue.next, skipped.lowest, skipped.count, habits.says_step, habits.says_epoch)
         ends = () if habits.counts else self._history.ends_to_come()
-        return Place(self.origin, *of_frames, skipped.holes, ends, *self._about, self._validation_loss)
+        host, revision, settings, location = self._about
+        return Place(
+            *(self.origin, *of_frames, skipped.holes, ends),
+            *(host, revision, settings, self._validation_loss, location, self._device, tuple(self._units.items())),
+        )
 
     @property
-    def _about(self) -> tuple[str, str, str]:
-        """Host, revision and settings of the writer."""
+    def _about(self) -> tuple[str, str, str, str]:
+        """Host, revision, settings and location of the writer."""
         sender = self._sender
-        return self._stored if sender is None else (sender.host, sender.revision, sender.settings)
+        return self._stored if sender is None else (sender.host, sender.revision, sender.settings, sender.location)
 
     def restore(self, item: Item, *, is_first: bool, is_torn: bool = False) -> None:
         """Restores a frame that was released before a restart, after the frames restored before it."""
@@ -395,7 +421,7 @@ class Track:
         """Returns the writer's state, without comparison with other writers."""
         last = self._last
         sender = self._sender
-        host, revision, settings = self._about
+        host, revision, settings, location = self._about
         run = None if last is None else last.frame.run
         return RunState(
             self.origin,
@@ -417,6 +443,9 @@ class Track:
             host=host,
             revision=revision,
             settings=settings,
+            location=location,
+            device=self._device or (run.device_id if run else ""),
+            units=tuple(self._units.items()),
             last_loss=None if last is None else _value(last.frame, "loss"),
             validation_loss=self._validation_loss,
             step_received_unix_ns=0 if last is None else last.received_unix_ns,

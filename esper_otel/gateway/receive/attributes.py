@@ -9,10 +9,11 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive.request import INVALID_TEXT, TOO_MANY_ATTRIBUTES, PointSender
 from esper_otel.parts.senders import Label, label_of_texts, run_of_texts, text_of
+from esper_otel.schema.who import location_in_words
 from esper_otel.text import printable
 
 _HOST, _REVISION, _SETTINGS = "host.name", "vcs.ref.head.revision", "esper.settings"
-_MOST_SETTINGS = 1_000  # characters
+_MOST_SETTINGS, _MOST_LOCATION = 1_000, 500  # characters
 _PROCESS = ("service.instance.id", _HOST, "process.pid")
 
 PLAIN = Label()
@@ -37,7 +38,8 @@ def sender_of(attributes: Sequence[KeyValue], limits: Limits) -> PointSender | s
         return INVALID_TEXT
     process = printable(" ".join(filter(None, map(texts.get, _PROCESS))), 3 * limits.text_bytes)
     host, revision = (printable(texts.get(name, ""), limits.text_bytes) for name in (_HOST, _REVISION))
-    return PointSender(run, process, host, revision, printable(texts.get(_SETTINGS, ""), _MOST_SETTINGS))
+    settings = printable(texts.get(_SETTINGS, ""), _MOST_SETTINGS)
+    return PointSender(run, process, host, revision, settings, printable(location_in_words(texts), _MOST_LOCATION))
 
 
 def _texts(attributes: Iterable[KeyValue]) -> dict[str, str]:

@@ -33,6 +33,7 @@ from esper_otel.gateway.receive.request import (
     WRONG_TIME,
     CutFrame,
     DecodedRequest,
+    DeviceOfSender,
     Malformed,
     Marker,
     PhasePoint,
@@ -45,11 +46,14 @@ from esper_otel.gateway.receive.request import (
 from esper_otel.gateway.receive.template import ResourcePart, Templates, parts_of
 from esper_otel.parts.levels import DEVICE, FRAMES, HEALTH, OTHERS, PHASES, SEED, SESSION
 from esper_otel.parts.senders import Label
+from esper_otel.schema import DEVICE_INFO
+from esper_otel.text import printable
 
 __all__ = ["Decoder", "Malformed", "decode_plain"]
 
 # A point takes at least this many bytes, if a template reads it.
 _POINT_BYTES = 20
+_MOST_DEVICE = 500  # characters
 
 # A verdict is an index into this tuple; 0 means that the point is accepted.
 _REASONS = ("", NO_TIME, WRONG_TIME, INVALID_TEXT, TOO_MANY_ATTRIBUTES, NO_SEED, NO_VALUE, TOO_MANY_SETS)
@@ -98,6 +102,7 @@ class Decoder:
         phases: list[PhasePoint] = []
         cut: dict[CutFrame, None] = {}
         alive: dict[PointSender, None] = {}
+        devices: dict[PointSender, DeviceOfSender] = {}
         rejected = RejectedPoints()
         for is_read, some in groupby(zip(parts, of_parts, strict=True), lambda each: each[1] is not None):
             if is_read:
@@ -115,6 +120,7 @@ class Decoder:
             phases += decoded.phases
             cut |= dict.fromkeys(decoded.cut)
             alive |= dict.fromkeys(decoded.alive)
+            devices |= {device.sender: device for device in decoded.devices}
             points += decoded.points
             rejected.merge(decoded)
         if points > self._limits.points or _are_mixed(blocks):
@@ -130,6 +136,7 @@ class Decoder:
             tuple(cut),
             tuple(phases),
             _without_blocks(alive, blocks),
+            tuple(devices.values()),
         )
 
 
@@ -203,15 +210,18 @@ def _judged(raw: RawPoints, columns: PointColumns) -> DecodedRequest:
     ended: tuple[RunEnd, ...] = ()
     phases: tuple[PhasePoint, ...] = ()
     alive: dict[PointSender, None] = {}
+    devices: tuple[DeviceOfSender, ...] = ()
     if beside.any():
-        markers, ended, phases, alive = _beside(raw, columns, labels, np.flatnonzero(beside))
+        places = np.flatnonzero(beside)
+        markers, ended, phases, alive = _beside(raw, columns, labels, places)
+        devices = _devices(raw, columns, labels, places)
         taken &= ~beside
     if not taken.all():
         columns = PointColumns(*(column[taken] for column in columns))
     blocks = _blocks(raw, columns, labels)
     counts = raw.points, rejected.counts, rejected.metrics
     lives = _without_blocks(alive, blocks)
-    return DecodedRequest(blocks, markers, ended, *counts, cut=cut, phases=phases, alive=lives)
+    return DecodedRequest(blocks, markers, ended, *counts, cut=cut, phases=phases, alive=lives, devices=devices)
 
 
 def _cut(raw: RawPoints, columns: PointColumns, labels: _Labels, places: npt.NDArray[np.intp]) -> tuple[CutFrame, ...]:
@@ -272,6 +282,20 @@ def _beside(
     return tuple(markers), tuple(ended), tuple(phases), alive
 
 
+def _devices(
+    raw: RawPoints, columns: PointColumns, labels: _Labels, places: npt.NDArray[np.intp]
+) -> tuple[DeviceOfSender, ...]:
+    """Returns what the points at these places say of devices; of each sender, the last word counts."""
+    is_info = np.array([metric.scope == DEVICE and metric.name == DEVICE_INFO.name for metric in raw.metrics])
+    found: dict[PointSender, DeviceOfSender] = {}
+    for place in places[is_info[columns.metric[places]] & (columns.holds[places] != AN_END)].tolist():
+        label = labels.all[columns.label[place]]
+        sender = _owner(raw.metrics[columns.metric[place]].sender, label)
+        if label.device:
+            found[sender] = DeviceOfSender(sender, printable(label.device, _MOST_DEVICE))
+    return tuple(found.values())
+
+
 def _owner(sender: PointSender, label: Label) -> PointSender:
     """Returns the sender of a point: the point's own attributes override those of its Resource."""
     run = label.run_of(sender.run)
@@ -298,6 +322,11 @@ def _blocks(raw: RawPoints, columns: PointColumns, labels: _Labels) -> tuple[Poi
     names = tuple(name_places)
     ours = np.array([metric.scope == FRAMES for metric in raw.metrics])
     has_others = not ours.all()
+    units: dict[PointSender, dict[str, str]] = {}
+    for metric in raw.metrics:
+        if metric.unit:
+            units.setdefault(metric.sender, {})[metric.name] = metric.unit
+    all_units = {name: unit for of_sender in units.values() for name, unit in of_sender.items()}
     blocks = []
     for number, sender in enumerate(owners):
         mine = slice(None) if len(owners) == 1 else np.flatnonzero(owner == number)
@@ -309,7 +338,8 @@ def _blocks(raw: RawPoints, columns: PointColumns, labels: _Labels) -> tuple[Poi
         is_ours = bool(ours[columns.metric[mine]].any()) if has_others else True
         points = (streams[mine][order], times[order], values[mine][order])
         has_further = bool(is_mixed and further[mine].any())
-        blocks.append(PointBlock(sender, names, labels.seeds, *points, is_ours, has_further))
+        own = units.get(sender, all_units if labels.has_owners() else {})
+        blocks.append(PointBlock(sender, names, labels.seeds, *points, is_ours, has_further, units=tuple(own.items())))
     return tuple(blocks)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -69,9 +69,9 @@ class FastDecoder:
                 for metric in of_scope.metrics:
                     match metric.WhichOneof("data"):
                         case "gauge":
-                            request.add(sender, scope, metric.name, "gauge", metric.gauge)
+                            request.add(sender, scope, metric, "gauge", metric.gauge)
                         case "sum":
-                            request.add(sender, scope, metric.name, "sum", metric.sum)
+                            request.add(sender, scope, metric, "sum", metric.sum)
                         case None:
                             pass
                         case _:  # packed numbers: for these an equal size proves nothing
@@ -141,22 +141,23 @@ class _RequestMetrics:
         self._chunks: dict[int, list[_EqualRecords]] = {}
         self._rows: list[tuple[int, Row]] = []
 
-    def add(self, sender: PointSender | str, scope: int, name: str, kind: str, payload: bytes) -> None:
+    def add(self, sender: PointSender | str, scope: int, metric: Any, kind: str, payload: bytes) -> None:
         """Adds a metric.
 
         Raises:
             Malformed: the payload is not a gauge or sum.
         """
         found = records.find(payload, is_sum=kind == "sum")
+        name, unit = metric.name, metric.unit
         if found is None:
             data = read_data(kind, payload)
-            place = self._raw.metric(sender, scope, name, len(data.data_points), is_delta=is_delta(data))
+            place = self._raw.metric(sender, scope, name, len(data.data_points), is_delta=is_delta(data), unit=unit)
             if place is not None:
                 for point in data.data_points:
                     self._rows.append((self._count, plain_row(place, point, self._raw)))
                     self._count += 1
             return
-        place = self._raw.metric(sender, scope, name, found.points, is_delta=found.is_delta)
+        place = self._raw.metric(sender, scope, name, found.points, is_delta=found.is_delta, unit=unit)
         if place is None:
             read_data(kind, payload)  # a malformed part invalidates the whole request, even a part that is not used
             return

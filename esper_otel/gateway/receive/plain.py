@@ -66,7 +66,8 @@ def _rows(raw: RawPoints, sender: PointSender | str, scope: int, metric: Metric)
     data = getattr(metric, kind)
     is_number = kind in ("gauge", "sum")
     count = len(data.data_points)
-    place = raw.metric(sender, scope, metric.name, count, is_number=is_number, is_delta=is_delta(data))
+    unit = metric.unit
+    place = raw.metric(sender, scope, metric.name, count, is_number=is_number, is_delta=is_delta(data), unit=unit)
     return [] if place is None else [plain_row(place, point, raw) for point in data.data_points]
 
 

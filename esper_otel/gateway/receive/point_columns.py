@@ -22,18 +22,22 @@ from esper_otel.gateway.receive.request import (
 )
 from esper_otel.parts.levels import LEVELS, level_of
 from esper_otel.parts.senders import Label, is_valid
+from esper_otel.text import printable
+
+_MOST_UNIT = 63  # characters, as OpenTelemetry allows
 
 # Contents of a point: a value, nothing, or the end of its stream.
 A_VALUE, NOTHING, AN_END = range(3)
 
 
 class MetricPoints(NamedTuple):
-    """One metric of a request whose points are checked one by one."""
+    """One metric of a request whose points are checked one by one. The unit is that of a user's own metric."""
 
     sender: PointSender
     scope: int
     name: str
     level: int
+    unit: str = ""
 
 
 # The entries of one point in the columns.
@@ -96,7 +100,15 @@ class RawPoints:
         check_counts(metrics=self._parts)
 
     def metric(
-        self, sender: PointSender | str, scope: int, name: str, count: int, *, is_number: bool = True, is_delta: bool
+        self,
+        sender: PointSender | str,
+        scope: int,
+        name: str,
+        count: int,
+        *,
+        is_number: bool = True,
+        is_delta: bool,
+        unit: str = "",
     ) -> int | None:
         """Adds a metric and returns its index, or None if all of its points are rejected.
 
@@ -132,7 +144,8 @@ class RawPoints:
                 self.rejected.add(reason, name, count)
             return None
         self.taken += count
-        self.metrics.append(MetricPoints(sender, scope, name, level))
+        own = "" if name in LEVELS else printable(unit, _MOST_UNIT)
+        self.metrics.append(MetricPoints(sender, scope, name, level, own))
         return len(self.metrics) - 1
 
     def label(self, label: Label) -> int:

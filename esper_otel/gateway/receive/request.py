@@ -106,6 +106,7 @@ class PointSender(NamedTuple):
         host: name of the host; empty if it is not given.
         revision: revision of the code; empty if it is not given.
         settings: the session's settings that differ from the defaults, as text; empty if they are not given.
+        location: where the process runs, in words: job, pod, node, local rank; empty if it is not given.
     """
 
     run: Run
@@ -113,6 +114,7 @@ class PointSender(NamedTuple):
     host: str = ""
     revision: str = ""
     settings: str = ""
+    location: str = ""
 
 
 class PointBlock(NamedTuple):
@@ -131,6 +133,7 @@ class PointBlock(NamedTuple):
         is_ours: whether some points come from our instrumentation scope.
         has_further: whether some points have attributes that are unknown here.
         kind: the same object for all blocks with the same streams and the same changes of time; None if not known.
+        units: units of the user's own metrics, by name.
     """
 
     sender: PointSender
@@ -142,6 +145,7 @@ class PointBlock(NamedTuple):
     is_ours: bool = False
     has_further: bool = False
     kind: object = None
+    units: tuple[tuple[str, str], ...] = ()
 
 
 class Marker(NamedTuple):
@@ -177,6 +181,13 @@ class PhasePoint(NamedTuple):
     value: float
 
 
+class DeviceOfSender(NamedTuple):
+    """What a sender says of its device, in words."""
+
+    sender: PointSender
+    device: str
+
+
 class CutFrame(NamedTuple):
     """A frame that lacks values: its sender's SDK could not tell them apart any more."""
 
@@ -206,6 +217,7 @@ class DecodedRequest(NamedTuple):
         cut: frames that lack values.
         phases: points of phases.
         alive: senders of which nothing but counts, ends or phases is in the request: they live, even without steps.
+        devices: what senders say of their devices.
     """
 
     blocks: tuple[PointBlock, ...]
@@ -218,6 +230,7 @@ class DecodedRequest(NamedTuple):
     cut: tuple[CutFrame, ...] = ()
     phases: tuple[PhasePoint, ...] = ()
     alive: tuple[PointSender, ...] = ()
+    devices: tuple[DeviceOfSender, ...] = ()
 
     def needed(self, body: bytes, waiting: Collection[tuple[str, int, int]]) -> bytes:
         """Returns the parts of the request's bytes that may be needed for waiting points.

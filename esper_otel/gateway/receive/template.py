@@ -261,6 +261,7 @@ class Template:
             block.is_ours,
             block.has_further,
             block.kind,
+            block.units,
         )
 
 
@@ -414,7 +415,8 @@ class Templates:
     def _only_block(self, body: bytes, points: int) -> PointBlock | None:
         """Decodes a request; returns its block if it contains nothing else that anybody uses."""
         decoded = self._decode(body)
-        others = decoded.markers or decoded.ended or decoded.phases or decoded.rejected or decoded.alive
+        beside = decoded.markers or decoded.ended or decoded.phases or decoded.alive or decoded.devices
+        others = beside or decoded.rejected
         is_simple = not others and decoded.points == points
         return decoded.blocks[0] if is_simple and len(decoded.blocks) == 1 else None
 
@@ -448,6 +450,7 @@ def _is_equal(mine: PointBlock, theirs: PointBlock) -> bool:
     return (
         mine[:3] == theirs[:3]
         and mine[6:8] == theirs[6:8]
+        and mine.units == theirs.units
         and np.array_equal(mine.streams, theirs.streams)
         and np.array_equal(mine.times, theirs.times)
         and mine.values.tobytes() == theirs.values.tobytes()

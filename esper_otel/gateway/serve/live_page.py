@@ -53,7 +53,10 @@ def add_page(app: web.Application, core: PullCore) -> None:
     data = _PageData(core)
     for name, answer in (
         ("runs", data.runs),
-        ("metrics", data.of_rank(lambda view, query: answers.metrics(view, query.get("since", "")))),
+        (
+            "metrics",
+            data.of_rank(lambda view, query: answers.metrics(view, query.get("since", ""), _units(core, query))),
+        ),
         ("series", data.of_rank(lambda view, query: answers.series(view, _wanted(query)))),
         ("seeds", data.of_rank(lambda view, query: answers.seeds(view, query.get("since", "")))),
         ("signals", data.of_rank(lambda view, query: answers.signals(view, query.get("since", "")))),
@@ -118,6 +121,11 @@ class _PageData:
                 return await in_turns(made(view, request.query), TURN_S)
 
         return answer
+
+
+def _units(core: PullCore, query: Query) -> Mapping[str, str]:
+    """Returns the units of the user's own metrics."""
+    return {name: unit for state in core.state_of(query.get("run", "")).states for name, unit in state.units}
 
 
 def _handler(answer: _Answerer) -> Callable[[web.Request], Awaitable[web.Response]]:

@@ -19,7 +19,7 @@ from esper_otel.gateway.store.base import StoreFull
 FILE = "steps.sqlite3"
 _LOCK = "lock"
 SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file itself, and of the files that SQLite makes next to it
-_VERSION = 8
+_VERSION = 9
 _MOST_VERSION = 1_000  # a larger number is damage, not a later version
 # ``blocks.last`` is the highest position of its frames; ``runs.added_s`` is in seconds of the store's own age.
 _SCHEMA = """
@@ -48,7 +48,8 @@ CREATE TABLE places (
     run INTEGER, rank INTEGER, attempt INTEGER, writer TEXT, next INTEGER, lowest INTEGER, missing INTEGER,
     says_step INTEGER, says_epoch INTEGER, holes TEXT, ends TEXT NOT NULL DEFAULT '[]',
     host TEXT NOT NULL DEFAULT '', revision TEXT NOT NULL DEFAULT '', settings TEXT NOT NULL DEFAULT '',
-    validation_loss REAL,
+    validation_loss REAL, location TEXT NOT NULL DEFAULT '', device TEXT NOT NULL DEFAULT '',
+    units TEXT NOT NULL DEFAULT '[]',
     PRIMARY KEY (run, rank, attempt, writer)
 ) WITHOUT ROWID;
 CREATE TABLE age (seconds REAL);
@@ -66,7 +67,7 @@ _TABLES = {
     "bodies": {"number", "is_json", "received", "body", "tenant", "tries"},
     "places": {
         *("run", "rank", "attempt", "writer", "next", "lowest", "missing", "says_step", "says_epoch", "holes", "ends"),
-        *("host", "revision", "settings", "validation_loss"),
+        *("host", "revision", "settings", "validation_loss", "location", "device", "units"),
     },
     "age": {"seconds"},
 }

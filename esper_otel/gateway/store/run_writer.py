@@ -204,11 +204,11 @@ class RunWriter:
             run_id, attempt, rank, writer = place.origin
             run = self._copied(run_id)
             if run is not None:
-                holes, ends = (json.dumps(each) if each else "[]" for each in (place.holes, place.ends))
-                about = (place.host, place.revision, place.settings, place.validation_loss)
-                rows.append((run.key, rank, attempt, writer, *place[1:6], holes, ends, *about))
+                lists = (place.holes, place.ends, place.units)
+                holes, ends, units = (json.dumps(each) if each else "[]" for each in lists)
+                rows.append((run.key, rank, attempt, writer, *place[1:6], holes, ends, *place[8:-1], units))
         self._connection.executemany(
-            "INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
+            "INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
         )
 
     def _copied(self, run_id: str) -> FileRun | None:

@@ -318,7 +318,7 @@ class FileStore(RunStore[FileRun]):
         with reading():
             rows = self._connection.execute(
                 "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes, ends, "  # noqa: S608
-                f"host, revision, settings, validation_loss FROM places{where}",
+                f"host, revision, settings, validation_loss, location, device, units FROM places{where}",
                 arguments,
             ).fetchall()
         found = []

@@ -11,7 +11,7 @@ from esper_otel.gateway.items import MOST_ENDS, Origin, Place
 from esper_otel.parts.senders import is_valid
 
 _MOST_BODY_BYTES = 64 * 1024 * 1024
-_MOST_HOLES = 1_000
+_MOST_HOLES, _MOST_UNITS = 1_000, 1_000
 _MOST_TEXT = 4_096  # of a writer's name, in characters
 
 
@@ -74,7 +74,7 @@ def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
     Raises:
         ValueError, TypeError, RecursionError: the row is not valid.
     """
-    attempt, rank, writer, next_number, lowest, missing, says_step, says_epoch, holes, ends, *about = row
+    attempt, rank, writer, next_number, lowest, missing, says_step, says_epoch, holes, ends, *about, said_units = row
     bounds = (
         (attempt, 63),
         (rank, 31),
@@ -83,8 +83,9 @@ def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
         (missing, 54),
     )  # they must not grow past 63 bits
     numbers = [(number, bits) for number, bits in bounds if number is not None]
-    host, revision, settings, validation_loss = about
-    if any(type(text) is not str for text in (writer, host, revision, settings)) or any(
+    host, revision, settings, validation_loss, location, device = about
+    texts = (host, revision, settings, location, device)
+    if any(type(text) is not str for text in (writer, *texts)) or any(
         type(number) is not int or not 0 <= number < 2**bits for number, bits in numbers
     ):
         raise ValueError("not the place of a writer")
@@ -101,9 +102,21 @@ def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
     to_come = tuple((time, seed, column) for time, seed, column in json.loads(ends))
     if len(to_come) > MOST_ENDS or not all(map(_is_end, to_come)):
         raise ValueError("ends of streams that cannot be")
+    units = tuple((name, unit) for name, unit in json.loads(said_units))
+    if len(units) > _MOST_UNITS or not all(type(text) is str and is_valid(text) for pair in units for text in pair):
+        raise ValueError("units that cannot be")
     origin = Origin(run_id, attempt, rank, writer)
     says = bool(says_step), bool(says_epoch)
-    return Place(origin, next_number, lowest, missing, *says, tuple(map(tuple, found)), to_come, *about)
+    return Place(
+        *(origin, next_number, lowest, missing, *says, tuple(map(tuple, found)), to_come),
+        host=host,
+        revision=revision,
+        settings=settings,
+        validation_loss=validation_loss,
+        location=location,
+        device=device,
+        units=units,
+    )
 
 
 def _is_end(end: tuple[Any, Any, Any]) -> bool:

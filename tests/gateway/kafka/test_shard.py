@@ -170,6 +170,8 @@ def test_records_say_what_they_are() -> None:
         ends=((9, "seed", 1),),
         host="h",
         validation_loss=0.5,
+        device="d",
+        units=(("my.speed", "m/s"),),
     )
     frame = step_of(1, 7)
     block = FrameBatch(

@@ -16,6 +16,8 @@ from esper_otel.gateway.items import Item, Origin, RunState, RunStatus
 from esper_otel.gateway.page_data import run_table
 from esper_otel.gateway.page_data.run_table import RunTable
 from esper_otel.gateway.rebuild.launches import outcomes
+from esper_otel.gateway.receive.log_records import EventRecord
+from esper_otel.gateway.receive.request import PointSender
 from esper_otel.gateway.store.base import StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.turns import finished
@@ -115,10 +117,10 @@ class Told:
         self.changed = ChangedRuns()
         self._states = states
 
-    def known_runs(self) -> set[str]:
+    def shown_runs(self) -> set[str]:
         return {"run"}
 
-    def state_of(self, run_id: str) -> RunStatus:
+    def shown_state(self, run_id: str) -> RunStatus:
         return RunStatus(self._states, 0, outcomes(self._states).get(run_id))
 
     def entries(self, run_id: str, cursor: str, most: int, rank: int | None = None) -> Any:
@@ -160,6 +162,34 @@ def test_states(states: Sequence[RunState], of_run: str, of_attempts: list[str])
     (row,) = ask(RunTable(Told(states), lambda: TIME_UNIX_NS))["runs"]
     assert row["state"] == of_run
     assert [attempt["state"] for attempt in row["attempts"]] == of_attempts
+
+
+def test_a_run_without_steps_is_listed_with_what_its_events_say() -> None:
+    """One that hangs, or has failed, before its first step; a rank that lacks its first step, too."""
+    core = Core(MemoryStore(), clock_ns=lambda: TIME_UNIX_NS)
+    table = RunTable(core, lambda: TIME_UNIX_NS)
+
+    def send(run_id: str, name: str, rank: int = 0, **attributes: str) -> None:
+        sender = PointSender(Run(run_id, 1, rank=rank, experiment="digits"), host="node-3")
+        event = EventRecord(sender, 1, name, TIME_UNIX_NS, 9, "", None, None, attributes)
+        finished(core._events.taking([event], ""))
+        core.changed.note([run_id])
+
+    send("hangs", "esper.run.started")
+    send("failed", "esper.run.ended", 0, **{"esper.outcome": "ValueError"})
+    publish(core, "half", 1)
+    send("half", "esper.run.started", rank=1)
+    rows = {row["run_id"]: row for row in ask(table)["runs"]}
+    states = {run_id: row["state"] for run_id, row in rows.items()}
+    assert states == {"hangs": "waiting", "failed": "failed", "half": "live"}
+    assert (rows["hangs"]["host"], rows["hangs"]["experiment"]) == ("node-3", "digits")
+    assert rows["failed"]["outcome"] == "ValueError"
+    assert [(rank["rank"], rank["state"], rank["last_step"]) for rank in rows["half"]["ranks"]] == [
+        *((0, "live", 1), (1, "waiting", None)),
+    ]
+    assert {row["run_id"] for row in ask(RunTable(core, lambda: TIME_UNIX_NS))["runs"]} == {*rows}
+    core._clock_ns = lambda: TIME_UNIX_NS + 3600 * 10**9
+    assert {row["run_id"]: row["state"] for row in ask(RunTable(core))["runs"]}["hangs"] == "silent"
 
 
 def test_what_has_changed_is_bounded() -> None:

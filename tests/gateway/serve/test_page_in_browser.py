@@ -99,6 +99,9 @@ def test_runs_are_compared_and_the_address_brings_the_view_back(browser: Browser
         browser.value("document.getElementById('search').dispatchEvent(new Event('input'))")
         names = browser.value("[...document.querySelectorAll('#table td.run')].map((cell) => cell.textContent)")
         assert sorted(names) == sorted(f"run-{number}" for number in (1, *range(10, 20)))
+        browser.value("document.getElementById('every').click(); 0")
+        assert browser.value("[...runs.chosen].sort()") == sorted(names)
+        assert browser.value("document.getElementById('every').hidden")
         assert browser.uncaught == []
 
 
@@ -144,6 +147,8 @@ def test_states_are_told_apart(browser: Browser) -> None:
         browser.until(f"{tile('step')} === '93,000' && {STATUS} === ''")
         run.info = {"state": "failed", "outcome": "ValueError", "rank_count": 2}
         run.info["ranks"] = [{"rank": rank, "state": "failed", "last_step": 9} for rank in (0, 1)]
+        run.info |= {"host": "a", "device": "NVIDIA H200, cuda:0, GPU-1", "world_size": 3}
+        run.info["ranks"][1] |= {"host": "b", "device": "NVIDIA H200, cuda:1, GPU-2", "location": "Slurm job 7"}
         run.ranks = {"steps": [[1, 5], [6, 9]], "ranks": [0, 1], "step_ms": [[1.0, 1.0], [1.0, 9.0]]}
         run.ranks |= {"slowest": 1, "slowest_by": "input_wait_ms", "slowest_ms": 4.0}
         run.episodes = [{"name": "hook_budget", "level": "HIGH", "first_step": 12, "last_step": 340}]
@@ -156,6 +161,17 @@ def test_states_are_told_apart(browser: Browser) -> None:
             "HIGH hook_budget, steps 12 to 340, worst 60 (above 50) → PAUSE"
         ]
         browser.until(f"{tile('slowest rank')} === '1, by 4 ms'")
+        assert "device" in browser.value("[...document.querySelectorAll('#table th')].map((h) => h.textContent)")
+        assert browser.value("document.getElementById('who-said').textContent") == (
+            "2 on 1 host, 1 device, 1 of 3 have not come"
+        )
+        browser.value("document.getElementById('who').open = true")
+        browser.until("document.querySelectorAll('#who tbody tr').length === 2")
+        assert browser.value(
+            "[...document.querySelectorAll('#who tbody td')].slice(6).map((td) => td.textContent)"
+        ) == [
+            *("1", "failed", "9", "b", "NVIDIA H200, cuda:1, GPU-2", "Slurm job 7"),
+        ]
         assert browser.uncaught == []
 
 
@@ -260,7 +276,8 @@ def test_a_finger_shows_the_values_at_a_step_until_it_touches_something_else(bro
         assert browser.value("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_a_chart_becomes_large_and_gives_its_table(browser: Browser) -> None:
+def test_a_chart_becomes_large_is_pinned_and_gives_its_picture_and_its_table(browser: Browser) -> None:
+    """What is pinned stands in the address. A curve that is level stays level when it is smoothed."""
     run = MadeUpRun("=run, of mine", 30)
     run.odd["loss"] = [[7, 1, 0, 0]]
     with MadeUpGateway(run) as gateway:
@@ -273,6 +290,30 @@ def test_a_chart_becomes_large_and_gives_its_table(browser: Browser) -> None:
         assert browser.value(size)[1] > 1.5 * height
         browser.value(f"{chart('loss')}.acts.querySelector('button').click(); 0")
         browser.until(f"{chart('loss')}.plot != null && {chart('loss')}.plot.bbox.width === {width}")
+        sections = "[...document.querySelectorAll('.section:not([hidden])')].map((s) => s.className.split(' ')[1])"
+        browser.value(f"board.pin({chart('accuracy')})")
+        assert browser.value(f"[{sections}[0], {chart('accuracy')}.element.closest('.pinned') !== null]") == [
+            *("pinned", True),
+        ]
+        browser.until("location.search.includes('pin=accuracy')")
+        browser.value(f"board.pin({chart('accuracy')})")
+        assert browser.value(f"{sections}[0]") == "learning"
+        browser.value("window.saved = []; Esper.save = (name, blob) => saved.push([name, blob]); 0")
+        browser.value(f"{chart('loss')}.save()")
+        assert browser.value("saved.map(([name, blob]) => [name, blob.type, blob.size > 5000])") == [
+            ["loss.png", "image/png", True]
+        ]
+        level = (
+            "(() => { const s = data.values().next().value.series; "
+            "s.metrics.level = {last: s.columns.step.map(() => 0.1), odd: []};"
+        )
+        level += " return [...new Set(Esper.curve(s, 'level', {x: 'step', smooth: 0.9}).y)]; })()"
+        assert browser.value(level) == [0.1]
+        press = "{0}.key(new KeyboardEvent('keydown', {{key: '{1}'}}))"
+        browser.value(f"board.point(2, {chart('loss')}); {press.format(chart('loss'), '+')}")
+        assert browser.value("board.view.range") == [1, 15.5], "not beyond the first step"
+        browser.value(press.format(chart("loss"), "0"))
+        assert browser.value("board.view.range") is None
         head, *lines = browser.value("Esper.csv('loss', board)").splitlines()
         assert head == "run,attempt,first_step,last_step,epoch,time,loss,min,max"
         assert len(lines) == 30

@@ -218,6 +218,7 @@ ROWS = {
     "a place whose holes are deep": f"UPDATE places SET holes = '{'[' * 50_000}'",
     "a place whose holes are texts": """UPDATE places SET holes = '[["a", "b"]]'""",
     "a place whose holes are in disorder": "UPDATE places SET holes = '[[9, 8]]'",
+    "a place whose units are none": "UPDATE places SET units = '[[1, 2]]'",
     "a place that is a text": "UPDATE places SET next = 'x'",
     "a place at the end of all numbers": "UPDATE places SET next = 9223372036854775807, missing = 9223372036854775807",
     "a place of bytes": "UPDATE places SET missing = x'00'",

@@ -264,7 +264,7 @@ def test_a_store_of_another_version_is_refused_by_name_and_left_as_it_is(tmp_pat
     connection.close()
     before = path.read_bytes()
     for read_only in (False, True):
-        with pytest.raises(ConfigurationError, match=r"steps.sqlite3 has version 7, not 8: .* give another folder"):
+        with pytest.raises(ConfigurationError, match=r"steps.sqlite3 has version 7, not 9: .* give another folder"):
             FileStore(tmp_path, read_only=read_only)
     assert path.read_bytes() == before
 

@@ -259,6 +259,7 @@ function drawNow() {
   if (!run) return;
   $("rank-label").hidden = run.rank_count < 2;
   drawAbout(run);
+  drawRanks(run);
   pick($("rank"), run.ranks.map((each) => String(each.rank)), String(runs.rank));
   const found = data.get(run.run_id);
   const series = found?.series;
@@ -274,7 +275,7 @@ function drawNow() {
   const step = run.last_step === null ? "none" : run.last_step.toLocaleString("en");
   const state = lost() ? "not known" : STATES[run.state] || run.state;
   const tiles = [
-    ["state", run.outcome && ["failed", "killed", "ended"].includes(run.state) ? `${state}${run.start_ms === null ? " before its first step" : ""}: ${run.outcome}` : state, lost() ? "bad" : TONES[run.state]],
+    ["state", run.outcome && ["failed", "killed", "ended"].includes(run.state) ? `${state}${earlyOf(run)}: ${run.outcome}` : lost() ? state : state + earlyOf(run), lost() ? "bad" : TONES[run.state]],
     ["step", found?.isBehind ? `${series.read.toLocaleString("en")} of ${series.stored.toLocaleString("en")}, catching up` : step, found?.isBehind ? "warn" : ""],
     [isOver ? "duration" : "age of the last step", isOver ? Esper.duration(durationOf(run)) : Esper.duration(age), !isOver && age > 60_000 ? "warn" : ""],
     ["loss", run.last_loss_is || Esper.number(run.last_loss), run.last_loss_is ? "bad" : ""],
@@ -299,11 +300,31 @@ function drawAbout(run) {
   });
   const said = [
     run.attempt_count > 1 ? `attempt ${run.attempt_count}: ${attempts.join("; ")}` : "",
-    run.experiment && `experiment ${run.experiment}`, run.host && `host ${run.host}`,
+    run.experiment && `experiment ${run.experiment}`, run.rank_count < 2 && run.host && `host ${run.host}`,
+    run.rank_count < 2 && run.device && `device ${run.device}`, run.rank_count < 2 && run.ranks[0]?.location,
     run.revision && `revision ${run.revision.slice(0, 10)}`, run.settings && `settings ${run.settings}`,
   ];
   const text = Esper.printable(said.filter(Boolean).join(" · "));
   if ($("about").textContent !== text) $("about").textContent = text;
+}
+
+// Which process is where, of a run with several ranks.
+function drawRanks(run) {
+  $("who").hidden = run.rank_count < 2;
+  if (run.rank_count < 2) return;
+  const count = (of) => new Set(run.ranks.map(of).filter(Boolean)).size;
+  const devices = count((each) => each.device);
+  const [hosts, missing] = [count((each) => each.host), Math.max(run.world_size - run.rank_count, 0)];
+  const said = [run.rank_count.toLocaleString("en") + (hosts ? ` on ${hosts} ${hosts === 1 ? "host" : "hosts"}` : ""), devices ? `${devices} ${devices === 1 ? "device" : "devices"}` : "", missing ? `${missing} of ${run.world_size} have not come` : ""];
+  $("who-said").textContent = said.filter(Boolean).join(", ");
+  const rows = run.ranks.map((each) => [each.rank, each.outcome && each.outcome !== each.state ? `${each.state} (${each.outcome})` : each.state, each.last_step === null ? "–" : each.last_step.toLocaleString("en"), each.host, each.device, each.location]);
+  const text = JSON.stringify(rows);
+  if (drawRanks.text === text || !$("who").open) return;
+  drawRanks.text = text;
+  $("who").querySelector("tbody").replaceChildren(...rows.map((cells, place) => {
+    const made = cells.map((cell, i) => Esper.element("td", { textContent: Esper.printable(cell || (cell === 0 ? "0" : "–")), className: i === 1 ? TONES[run.ranks[place].state] || "" : i % 2 ? "" : i < 3 ? "number" : "" }));
+    return Esper.element("tr", {}, ...made);
+  }));
 }
 
 function drawSignals() {
@@ -372,6 +393,7 @@ function extras() {
 
 // -- polling and redrawing ---------------------------------------------------------------------------------
 
+$("who").addEventListener("toggle", () => guard("the ranks", () => runs.infos.has(runs.focus) && drawRanks(runs.infos.get(runs.focus))));
 $("focus").addEventListener("change", (event) => { runs.focus = event.target.value; runs.rank = 0; changedChoice(); });
 $("rank").addEventListener("change", (event) => { runs.rank = Number(event.target.value); entry(runs.focus).isStale = true; changedChoice(); });
 $("search").value = runs.search;

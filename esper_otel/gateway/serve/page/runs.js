@@ -2,19 +2,21 @@
 "use strict";
 
 const DATE = new Intl.DateTimeFormat(undefined, { dateStyle: "short", timeStyle: "medium" });
+const MOST_CHOSEN = 40; // at once, by a button
 const AT_FIRST = 40; // rows shown at first, and more with each press of the button
 const TONES = { live: "good", completed: "good", waiting: "", "no steps": "warn", silent: "warn", ended: "", failed: "bad", killed: "bad" };
 const COLUMNS = [
   // name, its value for sorting, its text, whether it is a number
   ["run", (run) => run.run_id],
   ["state", (run) => run.state, (run) => stateOf(run)],
-  ["start", (run) => run.start_ms ?? 0, (run) => (run.start_ms ? DATE.format(run.start_ms) : "–")],
+  ["start", (run) => run.start_ms ?? run.received_ms ?? 0, (run) => (run.start_ms ? DATE.format(run.start_ms) : "–")],
   ["duration", durationOf, (run) => Esper.duration(durationOf(run)), true],
   ["last step", (run) => run.last_step ?? -1, (run) => (run.last_step === null ? "–" : run.last_step.toLocaleString("en")), true],
   ["last loss", (run) => run.last_loss ?? Infinity, (run) => run.last_loss_is || Esper.number(run.last_loss), true],
   ["validation loss", (run) => run.validation_loss ?? Infinity, (run) => run.validation_loss_is || Esper.number(run.validation_loss), true],
   ["experiment", (run) => run.experiment || ""],
   ["host", (run) => run.host || ""],
+  ["device", (run) => run.device || "", (run) => (run.device || "–").split(", ")[0]],
   ["revision", (run) => run.revision || "", (run) => (run.revision || "–").slice(0, 10)],
   ["ranks", (run) => Math.max(run.rank_count, run.world_size || 0), undefined, true],
   ["attempts", (run) => run.attempt_count, undefined, true],
@@ -22,12 +24,19 @@ const COLUMNS = [
 
 // The columns that some run has a value for.
 function columns() {
-  const isValidated = [...runs.infos.values()].some((run) => (run.validation_loss ?? null) !== null || run.validation_loss_is);
-  return isValidated ? COLUMNS : COLUMNS.filter(([name]) => name !== "validation loss");
+  const all = [...runs.infos.values()];
+  const isValidated = all.some((run) => (run.validation_loss ?? null) !== null || run.validation_loss_is);
+  const isDescribed = all.some((run) => run.device);
+  return COLUMNS.filter(([name]) => (isValidated || name !== "validation loss") && (isDescribed || name !== "device"));
+}
+
+// What is said of a run that has ended, or fallen silent, without a step.
+function earlyOf(run) {
+  return run.start_ms === null && (run.outcome || run.state === "silent") ? " before its first step" : "";
 }
 
 function stateOf(run) {
-  const early = run.outcome && run.start_ms === null ? " before its first step" : "";
+  const early = earlyOf(run);
   return (run.outcome && !["completed", run.state].includes(run.outcome) ? `${run.state} (${run.outcome})` : run.state) + early;
 }
 
@@ -96,7 +105,7 @@ function readAddress() {
   runs.isUp = asked.get("order") === "up";
   runs.search = asked.get("search") || "";
   const range = ["from", "to"].map((name) => Number.parseFloat(asked.get(name)));
-  const view = { filter: asked.get("filter") || "", log: asked.get("log") === "1", base: asked.get("base") || "", folded: new Set(asked.getAll("fold")) };
+  const view = { filter: asked.get("filter") || "", log: asked.get("log") === "1", base: asked.get("base") || "", folded: new Set(asked.getAll("fold")), pins: new Set(asked.getAll("pin")) };
   if (Object.hasOwn(Esper.AXES, asked.get("x"))) view.x = asked.get("x");
   if (asked.get("drag") === "pan") view.drag = "pan";
   const smooth = Number(asked.get("smooth"));
@@ -123,6 +132,7 @@ function writeAddress(view) {
   put("filter", view.filter, "");
   put("drag", view.drag, "zoom");
   for (const group of view.folded) said.append("fold", group);
+  for (const chart of view.pins) said.append("pin", chart);
   if (view.range) {
     said.set("from", Number(view.range[0].toPrecision(14)));
     said.set("to", Number(view.range[1].toPrecision(14)));
@@ -158,7 +168,7 @@ function head() {
 
 function found() {
   const wanted = runs.search.toLowerCase().split(/\s+/).filter(Boolean);
-  const texts = (run) => [run.run_id, run.state, run.experiment, run.host, run.revision].join(" ").toLowerCase();
+  const texts = (run) => [run.run_id, run.state, run.experiment, run.host, run.device, run.revision].join(" ").toLowerCase();
   const all = [...runs.infos.values()].filter((run) => wanted.every((word) => texts(run).includes(word)));
   const [, value] = COLUMNS.find(([name]) => name === runs.sort);
   const way = runs.isUp ? 1 : -1;
@@ -192,6 +202,11 @@ function drawTable(isWhole = false) {
     body.replaceChildren(...rows);
     if (active) body.querySelector(`[data-act="${CSS.escape(active)}"]`)?.focus();
   }
+  const every = document.getElementById("every");
+  const few = all.slice(0, MOST_CHOSEN).map((run) => run.run_id);
+  every.hidden = !runs.search || few.every((name) => runs.chosen.includes(name));
+  every.textContent = all.length > MOST_CHOSEN ? `show the first ${MOST_CHOSEN} of these` : `show these ${all.length}`;
+  every.onclick = () => choose(few);
   const more = document.getElementById("more");
   more.hidden = all.length <= runs.most;
   more.textContent = `show ${Math.min(all.length - runs.most, 200)} more of ${all.length.toLocaleString("en")}`;
