@@ -47,8 +47,9 @@ def in_folder(directory: Path, samples_per_s: float) -> Iterator[CheckStage]:
         f"every step is written to files in {path} and nothing is sent: OTEL_EXPORTER_OTLP_* are for esper-otel send",
     )
     fix = "correct ESPER_EXPORT_FILE, or the rights there"
-    existing = next(each for each in (path, *path.parents) if each.exists())
+    existing = path
     try:
+        existing = next(each for each in (path, *path.parents) if each.exists())
         folder = tempfile.mkdtemp(prefix=".esper-otel-check-", dir=existing)
     except OSError as error:
         yield CheckStage("directory", False, f"{existing}: {error.strerror or error}", fix)

@@ -23,10 +23,10 @@ def in_spool(directory: Path, most_bytes: int) -> CheckStage:
         directory: the setting ``spool_dir``.
         most_bytes: the setting ``spool_bytes``.
     """
-    path = directory.absolute()
-    existing = next(each for each in (path, *path.parents) if each.exists())
+    path = existing = directory.absolute()
     folder = None
     try:
+        existing = next(each for each in (path, *path.parents) if each.exists())
         unix.demand("ESPER_SPOOL_DIR", "without it, steps wait in memory")
         folder = Path(tempfile.mkdtemp(prefix=".esper-otel-check-", dir=existing))
         Folder.create(folder).remove()

@@ -425,9 +425,10 @@ def test_the_spool_is_looked_at_and_nothing_is_left_in_it(tmp_path: Path, monkey
             assert ("spool", True) in stages_of(run_check(environ=environ))
             assert list(tmp_path.iterdir()) == []
         (tmp_path / "taken").touch()
-        monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path / "taken" / "below"))
-        name, words = fault(run_check(environ=environ))
-        assert (name, "Not a directory" in words, "ESPER_SPOOL_DIR" in words) == ("spool", True, True)
+        for below, why in (("taken/below", "Not a directory"), ("a" * 300, "File name too long")):
+            monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path / below))
+            name, words = fault(run_check(environ=environ))
+            assert (name, why in words, "ESPER_SPOOL_DIR" in words) == ("spool", True, True)
         monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1024))
@@ -483,11 +484,12 @@ def test_a_directory_that_files_cannot_be_written_to_is_a_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "taken").touch()
-    for name in ("taken", "taken/below"):
+    no_directory = "Not a directory"
+    for name, why in (("taken", no_directory), ("taken/below", no_directory), ("a" * 300, "File name too long")):
         monkeypatch.setenv("ESPER_EXPORT_FILE", str(tmp_path / name))
         result = run_check(environ={})
         assert stages_of(result) == [("settings", True), ("directory", False)]
-        assert "Not a directory" in fault(result)[1]
+        assert why in fault(result)[1]
     monkeypatch.setenv("ESPER_EXPORT_FILE", str(tmp_path))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1024))
