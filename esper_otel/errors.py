@@ -58,7 +58,7 @@ class UnknownMetric(MistakeError, ValueError):
         self.name = name
         self.nearest: tuple[str, ...] = _nearest(str(name), names)
         hint = _hint(self.nearest, names)
-        if elsewhere := _ELSEWHERE.get("_".join(_words(str(name)))):
+        if elsewhere := _ELSEWHERE.get("".join(_words(str(name)))):
             hint = f"give it as {elsewhere}"
         elif not self.nearest and what == "metric":
             hint = f"declare your own with start(metrics=[esper_otel.Metric({str(name)!r}, ...)]); {hint}"
@@ -83,8 +83,8 @@ def _hint(nearest: Sequence[str], known: Sequence[str]) -> str:
 
 # Names used by other libraries, with the names that may correspond here.
 _OTHER_WORDS = {
-    **dict.fromkeys(("train_loss", "training_loss"), ("loss",)),
-    **dict.fromkeys(("acc", "train_acc", "train_accuracy", "training_accuracy"), ("accuracy",)),
+    **dict.fromkeys(("train_loss", "training_loss", "loss_train"), ("loss",)),
+    **dict.fromkeys(("acc", "train_acc", "train_accuracy", "training_accuracy", "accuracy_train"), ("accuracy",)),
     **dict.fromkeys(("grad_norm", "gradnorm", "grads_norm", "total_norm", "gnorm"), ("gradient_norm",)),
     **dict.fromkeys(
         ("lr", "learning_rate", "train_lr", "lr_0"), ("optimizer_lr", "esper.optimizer.lr", "learning_rate")
@@ -93,19 +93,20 @@ _OTHER_WORDS = {
     **dict.fromkeys(("step_time", "step_time_ms", "batch_time", "iter_time", "time_per_step"), ("step_latency_ms",)),
     **dict.fromkeys(("data_time", "data_wait", "data_wait_ms"), ("input_wait_ms",)),
 }
-# Names of values that are given in another way than as metrics of a step or a seed.
+# Names of values that are given in another way than as metrics of a step or a seed; without separators.
 _ELSEWHERE = {
     **{
-        f"{when}_{name}": f"telemetry.validation({argument}=...)"
-        for when in ("val", "valid", "validation", "eval")
+        words: f"telemetry.validation({argument}=...)"
+        for when in ("val", "valid", "validation", "eval", "evaluation")
         for name, argument in {"loss": "loss", "acc": "accuracy", "accuracy": "accuracy"}.items()
+        for words in (when + name, name + when)
     },
     **{
         name: f"step({argument}=...) or record_step(..., {argument}=...)"
         for name, argument in {
             "epoch": "epoch",
-            **dict.fromkeys(("step", "global_step"), "global_step"),
-            **dict.fromkeys(("samples", "num_samples", "batch_size"), "samples"),
+            **dict.fromkeys(("step", "globalstep"), "global_step"),
+            **dict.fromkeys(("samples", "numsamples", "batchsize"), "samples"),
         }.items()
     },
 }

@@ -14,18 +14,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from attack.beside import phases
 from frame_examples import RUN, TIME_UNIX_NS, block_of, make_frame, sealed, seed_table, taken_apart
+from log_requests import body as log_body
 from patience import patience
 from wire import bodies
 
 from esper_otel.errors import ConfigurationError, GatewayError, StaleCursor, UnknownRun
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.serve.metrics import prometheus_text
-from esper_otel.gateway.store.base import KeptRequest
+from esper_otel.gateway.store.base import KeptRequest, StoreFull
 from esper_otel.gateway.store.sqlite import FileStore
-from esper_otel.pull.messages import PullRequest
+from esper_otel.gateway.turns import in_turns
+from esper_otel.pull.messages import EventsRequest, HoursRequest, PullRequest
 
-FILE = "steps.sqlite3"
+FILE, EVENTS, HOURS = FILES = ("steps.sqlite3", "events.sqlite3", "hours.sqlite3")
 _INDEXES = ("blocks_by_last", "items_by_position", "items_by_number", "items_by_time")
 _SLOWEST_S = 60.0  # of all lives of one store; a machine that does other things, too, takes some of it
 _VALUES = (
@@ -44,8 +47,8 @@ def _body(step: int, run_id: str = RUN.run_id, attempt: int = RUN.attempt) -> by
 
 
 @cache
-def honest_store() -> bytes:
-    """The file of a store with two runs, some of whose last requests wait to be processed again."""
+def honest_store() -> dict[str, bytes]:
+    """The files of a store with two runs, some of whose last requests wait to be processed again."""
 
     async def fill(folder: Path) -> None:
         with closing(Core(FileStore(folder), hold_s=0.0)) as core:
@@ -53,13 +56,16 @@ def honest_store() -> bytes:
             for step in range(1, 13):
                 core.receive(_body(step))
                 core.receive(_body(step, "other"))
+            core.receive(phases(RUN.run_id, 1, 5))
+            await core.take_logs(log_body(RUN.run_id, *range(1, 13)))
+            await core.run_hours(RUN.run_id)
 
     with tempfile.TemporaryDirectory() as made:
         asyncio.run(fill(Path(made)))
         with closing(FileStore(Path(made))) as store:
             for number, step in enumerate((13, 14), 1_000):
                 store.add([], kept=KeptRequest(number, _body(step), False, 5), first_kept=1_000)
-        return (Path(made) / FILE).read_bytes()
+        return {name: (Path(made) / name).read_bytes() for name in FILES}
 
 
 def _change_bytes(luck: random.Random, path: Path) -> None:
@@ -128,8 +134,13 @@ def _change_schema(luck: random.Random, connection: sqlite3.Connection, table: s
 
 
 def _changed_store(luck: random.Random, folder: Path, changed: Callable[..., Any]) -> None:
-    path = folder / FILE
-    path.write_bytes(honest_store())
+    for name, content in honest_store().items():
+        (folder / name).write_bytes(content)
+    for name in luck.choice([[FILE], [FILE], [EVENTS], [HOURS], FILES]):
+        _change(luck, folder / name, changed)
+
+
+def _change(luck: random.Random, path: Path, changed: Callable[..., Any]) -> None:
     if luck.random() < 0.25:
         _change_bytes(luck, path)
         return
@@ -163,6 +174,17 @@ def _life(folder: Path, step: int, attempt: int) -> bool:
             found += [each.step for each in page.steps]
         return found
 
+    async def has_event(core: Core) -> bool:
+        for _ in range(2):  # the first may find the damage
+            with suppress(StoreFull):
+                core.receive(phases(RUN.run_id, step, 1))
+                await core.take_logs(log_body(RUN.run_id, step))
+        page = await core.events(EventsRequest(run_id=RUN.run_id, max_events=1_000))
+        with suppress(UnknownRun):
+            await core.hours(HoursRequest(run_id=RUN.run_id, with_accounts=True))
+        core.newest_events(RUN.run_id, 0)
+        return any(event.number == step for event in page.events)
+
     async def whole() -> bool:
         with closing(Core(FileStore(folder), hold_s=0.0)) as core:
             core.start()
@@ -170,10 +192,12 @@ def _life(folder: Path, step: int, attempt: int) -> bool:
             await asyncio.sleep(0)
             found = await steps_of(core, RUN.run_id)
             await steps_of(core, "other")
+            is_noted = await has_event(core)
+            await in_turns(core._hours.tidying())
             core.runs()
             prometheus_text(core)
             core._tidy()
-        return step in found
+        return step in found and is_noted
 
     return asyncio.run(whole())
 
@@ -195,7 +219,7 @@ def fuzz_store(luck: random.Random, within: Path, changed: Callable[..., Any]) -
         if not any(why in str(error) for why in ("was written by another esper_otel", "another program")):
             raise  # those are left as they are
     else:
-        assert any(lives[1:]), "no step that comes is served"
+        assert any(lives[1:]), "no step that comes is served, or no event"
     assert time.monotonic() - started_s < patience(_SLOWEST_S)
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()

@@ -50,8 +50,15 @@ MAY_IMPORT = {
     "leyline": {*BASE, "schema", "frames", "parts"},
     "session": {
         *(*BASE, "schema", "frames", "settings", "_version"),
+        *("session/identity", "session/parallel", "session/agreement", "session/launcher", "session/mpi"),
         *("record", "derive", "probes", "export", "leyline", "local_ports", "charts", "events"),
     },
+    # What a run is by its environment, which is checked without one.
+    "session/identity": {*BASE, "frames", "session/agreement", "session/launcher"},
+    "session/agreement": {*BASE, "frames", "session/launcher"},
+    "session/launcher": {*BASE, "session/mpi"},
+    "session/mpi": {*BASE},
+    "session/parallel": set[str](),
     "pull": {*BASE, "hours", "leyline", "addresses", "bearer", "local_ports"},
     "oona": {*BASE, "leyline"},
     "integrations": {*BASE, "derive", "record", "session"},
@@ -108,7 +115,10 @@ MAY_IMPORT = {
     "report": {*BASE, "schema", "frames", "hours", "parts", "leyline", "pull", "charts", "local_ports"},
     "compare": {"text", "schema", "frames", "pull", "report", "gateway/store", "local_ports"},
     "files": {"text", "_version", "schema", "leyline"},
-    "check": {*BASE, "schema", "frames", "settings", "export", "send", "leyline", "pull", "_version"},
+    "check": {
+        *(*BASE, "schema", "frames", "settings", "export", "send", "leyline", "pull", "_version", "events"),
+        *("session/identity", "session/parallel"),
+    },
     "send": {*BASE, "schema", "frames", "settings", "export", "events"},
     "testing": {"schema", "export"},
     "demo": {"schema", "settings", "session", "leyline", "testing", "record", "_version", ""},

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from esper_otel.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from esper_otel.check.one_frame import CheckResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,29 +35,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Runs the check and prints the findings; returns 1 if there is a fault, or --through cannot be done, else 0."""
-    from esper_otel.check.one_frame import report_json, report_text, run_check
+    from esper_otel.check.one_frame import report_json, report_text
 
     for option in ("prometheus", "gateway"):
         if getattr(options, option) is not None and not options.through:
             raise ConfigurationError(f"--{option} is only used with --through: give that, too")
-    result = run_check(seeds=options.seeds, steps_per_second=options.steps_per_second)
-    if options.through:
-        from esper_otel.check.in_folder import NOT_THROUGH
-        from esper_otel.check.through import ReadBack, run_through
-
-        with suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTERM, _leave)
-        files = (options.gateway_token_file, options.gateway_ca_file)
-        back = ReadBack(options.prometheus, options.gateway, *files, timeout_s=options.within)
-        more = (NOT_THROUGH,) if result.protocol == "file" else run_through(back) if result.ok else ()
-        stages = (*result.stages, *more)
-        result = replace(result, stages=stages, ok=all(stage.ok is not False for stage in stages))
+    with _leaving_in_order():
+        result = _checked(options)
     sys.stdout.write(f"{report_json(result) if options.json else report_text(result)}\n")
     return 0 if result.ok else 1
 
 
+def _checked(options: argparse.Namespace) -> CheckResult:
+    from esper_otel.check.one_frame import run_check
+
+    result = run_check(seeds=options.seeds, steps_per_second=options.steps_per_second)
+    if not options.through:
+        return result
+    from esper_otel.check.in_folder import NOT_THROUGH
+    from esper_otel.check.through import ReadBack, run_through
+
+    files = (options.gateway_token_file, options.gateway_ca_file)
+    back = ReadBack(options.prometheus, options.gateway, *files, timeout_s=options.within)
+    more = (NOT_THROUGH,) if result.protocol == "file" else run_through(back) if result.ok else ()
+    stages = (*result.stages, *more)
+    return replace(result, stages=stages, ok=all(stage.ok is not False for stage in stages))
+
+
+@contextmanager
+def _leaving_in_order() -> Iterator[None]:
+    """Lets a signal that ends the process close what is open: a run that was sent for a check must end too."""
+    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+    before = {}
+    with suppress(ValueError):  # not the main thread
+        for number in numbers:
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one of them
+                before[number] = signal.signal(number, _leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _leave(number: int, _frame: object) -> None:
-    """Ends the process so that what is open is closed: a run that was sent for a check must end too."""
     sys.exit(128 + number)
 
 

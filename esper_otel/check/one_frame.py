@@ -12,17 +12,21 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from esper_otel.check.in_folder import in_folder
-from esper_otel.check.stages import CheckStage
-from esper_otel.errors import ConfigurationError
+from esper_otel.check.in_spool import in_spool
+from esper_otel.check.one_event import at_logs
+from esper_otel.check.stages import FIXES, CheckStage
+from esper_otel.errors import ConfigurationError, EsperOtelError
 from esper_otel.export.blocks import COUNTED
 from esper_otel.export.encode import Encoder, Request
 from esper_otel.export.endpoint import GRPC_NAMES, Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import HEALTH_EVERY_S
 from esper_otel.export.file_sender import file_endpoint
-from esper_otel.export.provider import events_exporter, exporters_from_environment
+from esper_otel.export.opening import shortest_period_s, token_for
+from esper_otel.export.provider import check_readers, events_exporter, exporters_from_environment
 from esper_otel.export.proxies import proxy_of
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Stream
@@ -31,10 +35,13 @@ from esper_otel.frames.frame import Frame, Run
 from esper_otel.frames.ring import blocks_of
 from esper_otel.leyline.risk import configured
 from esper_otel.schema import METRICS, SEED_CELLS, new_check_id
-from esper_otel.settings import EsperSettings
+from esper_otel.session.identity import identify
+from esper_otel.session.parallel import place_in_mesh
+from esper_otel.settings import EsperSettings, unknown_variables
 
 _ON_THE_WAY_S = 5.0  # time limit for all checks before the frame is sent
 _LONG_TIMEOUT_S = 600.0
+_AFTER_SIGNAL_S = 2.0
 
 _NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}  # reported by OpenSSL before 3.2, and since 3.2
 _OF_CERTIFICATE = {  # OpenSSL's X509_V_ERR_*
@@ -42,13 +49,6 @@ _OF_CERTIFICATE = {  # OpenSSL's X509_V_ERR_*
     10: "it must be renewed there",
     62: "use a host name that the certificate has",
     64: "use a host name or address that the certificate has",
-}
-_FIXES = {
-    Result.TEMPORARY: "correct that; until then a run keeps its steps and retries",
-    Result.UNAUTHENTICATED: "correct the credentials there: a header is authorization=Bearer%20<token>, a token file "
-    "holds the token alone, a proxy is http://user:password@host:port",
-    Result.TOO_LARGE: "raise the endpoint's limit for a request to 4 MiB or more",
-    Result.REFUSED: "the endpoint's log says what it does not accept; steps that it refuses are lost, and counted",
 }
 
 
@@ -78,7 +78,7 @@ class CheckResult:
 def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping[str, str] = os.environ) -> CheckResult:
     """Checks each stage and sends one frame as a run would; takes at most the time-out and a few seconds more.
 
-    With ``ESPER_EXPORT_FILE``, checks that directory instead: a run would send nothing.
+    With ``ESPER_EXPORT_FILE``, checks that directory instead, since a run sends nothing. Sends events if a run does so.
 
     Args:
         seeds: number of live seeds, to estimate the size of a run.
@@ -87,44 +87,75 @@ def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping
     """
     is_enriched = EsperSettings.tolaria_step_enrichment_enabled
     stages: list[CheckStage] = []
-    endpoint: Endpoint | None = None
-    sender: Sender | None = None
+    found: _RunSettings | None = None
     latency_ms = None
     try:
         settings = EsperSettings()
         is_enriched = settings.tolaria_step_enrichment_enabled
-        configured(settings.risk_thresholds)
-        exporters = exporters_from_environment(environ, ignored=_refuse)
-        events_exporter(environ, ignored=_refuse)
-        if exporters.steps and settings.export_file is not None:
-            endpoint = file_endpoint(settings.export_file)
-        else:
-            endpoint = endpoint_from_environment(environ, protocol=exporters.protocol, ignored=_refuse)
-            sender = open_sender(endpoint, settings.token_file) if exporters.steps else None
-    except (ConfigurationError, OSError) as error:
+        found = _read(settings, environ)
+        sender = open_sender(found.endpoint, settings.token_file) if found.is_sent else None
+    except (EsperOtelError, OSError) as error:
         stages.append(CheckStage("settings", False, str(error)))
     else:
-        if endpoint.protocol == "file":
-            _, samples_per_s = _size(seeds, steps_per_second, is_enriched=is_enriched)
-            stages += in_folder(Path(endpoint.target), samples_per_s)
-        elif sender is None:
-            stages.append(
-                CheckStage("settings", False, f"steps are not sent: {exporters.off}", "unset it, or set otlp")
-            )
-        else:
-            stages.append(CheckStage("settings", True, _described(endpoint, settings.token_file)))
-            latency_ms = _look(endpoint, sender, stages)
+        _, samples_per_s = _size(seeds, steps_per_second, is_enriched=is_enriched)
+        latency_ms = _look(found, sender, stages, samples_per_s)
     is_ok = stages[-1].ok is True
     series, samples_per_s = _size(seeds, steps_per_second, is_enriched=is_enriched)
     return CheckResult(
         is_ok,
         tuple(stages),
-        None if endpoint is None else endpoint.protocol,
-        None if endpoint is None else endpoint.target,
+        None if found is None else found.endpoint.protocol,
+        None if found is None else found.endpoint.target,
         latency_ms if is_ok else None,
         series,
         samples_per_s,
     )
+
+
+class _RunSettings(NamedTuple):
+    """What a run would do with its steps and events.
+
+    Attributes:
+        own: the settings of this library.
+        endpoint: where steps are sent, or the directory of files.
+        off: why steps are neither sent nor written; empty if they are.
+        logs: where events are sent; None if they are not.
+    """
+
+    own: EsperSettings
+    endpoint: Endpoint
+    off: str
+    logs: Endpoint | None
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether steps are sent, and not written to files."""
+        return not self.off and self.endpoint.protocol != "file"
+
+
+def _read(settings: EsperSettings, environ: Mapping[str, str]) -> _RunSettings:
+    """Reads all settings that ``start()`` reads.
+
+    Raises:
+        EsperOtelError: one cannot be used, or would be ignored.
+    """
+    for message in unknown_variables():
+        _refuse(message)
+    configured(settings.risk_thresholds)
+    place_in_mesh(None, environ)
+    identify(run_id=None, experiment=None, rank=None, world_size=None, environ=environ)
+    exporters = exporters_from_environment(environ, ignored=_refuse)
+    events = events_exporter(environ, ignored=_refuse)
+    check_readers(exporters.readers, environ, ignored=_refuse)
+    if exporters.steps:
+        shortest_period_s(settings, environ, ignored=_refuse)
+    if exporters.steps and settings.export_file is not None:
+        return _RunSettings(settings, file_endpoint(settings.export_file), "", None)
+    endpoint = endpoint_from_environment(environ, protocol=exporters.protocol, ignored=_refuse)
+    logs = None
+    if exporters.steps and events.is_on:
+        logs = endpoint_from_environment(environ, protocol=events.protocol, ignored=_refuse, signal="logs")
+    return _RunSettings(settings, endpoint, "" if exporters.steps else exporters.off, logs)
 
 
 def _refuse(message: str) -> None:
@@ -132,18 +163,44 @@ def _refuse(message: str) -> None:
     raise ConfigurationError(message)
 
 
-def _look(endpoint: Endpoint, sender: Sender, stages: list[CheckStage]) -> float | None:
+def _look(found: _RunSettings, sender: Sender | None, stages: list[CheckStage], samples_per_s: float) -> float | None:
     """Adds stages up to the first fault. Returns the duration of the request; None when none was sent."""
+    latency_ms = None
     try:
-        for stage in _on_the_way(endpoint):
+        for stage in _stages(found, sender, samples_per_s):
+            if isinstance(stage, float):
+                latency_ms = stage
+                continue
             stages.append(stage)
             if stage.ok is False:
-                return None
-        outcome, latency_ms = _send(endpoint, sender)
-        stages.append(of_outcome(outcome, endpoint))
-        return latency_ms
+                break
     finally:
-        sender.close()
+        if sender is not None:
+            sender.close()
+    return latency_ms
+
+
+def _stages(found: _RunSettings, sender: Sender | None, samples_per_s: float) -> Iterator[CheckStage | float]:
+    """Yields the stages in order, and the duration of the request; the caller stops at the first fault."""
+    endpoint, settings = found.endpoint, found.own
+    if found.off:
+        yield CheckStage("settings", False, f"steps are not sent: {found.off}", "unset it, or set otlp")
+    if sender is not None:
+        yield CheckStage("settings", True, _described(endpoint, settings.token_file))
+    else:
+        yield from in_folder(Path(endpoint.target), samples_per_s)
+    if settings.spool_dir is not None:
+        yield in_spool(settings.spool_dir, settings.spool_bytes)
+    if sender is None:
+        return
+    yield from _on_the_way(endpoint)
+    now_ns = time.time_ns()
+    run = Run(new_check_id(), now_ns // 1_000_000, device_type="cpu")
+    outcome, latency_ms = _send(endpoint, sender, run, now_ns)
+    yield latency_ms
+    yield of_outcome(outcome, endpoint)
+    if found.logs is not None:
+        yield at_logs(found.logs, token_for(found.logs, endpoint, settings.token_file), run)
 
 
 def _size(seeds: int, steps_per_second: float, *, is_enriched: bool) -> tuple[int, float]:
@@ -302,28 +359,30 @@ def _secured(endpoint: Endpoint, host: str, port: int, timeout_s: float) -> Chec
     return CheckStage("TLS", False, message, fix)
 
 
-def _send(endpoint: Endpoint, sender: Sender) -> tuple[Outcome, float]:
-    now_ns = time.time_ns()
-    run = Run(new_check_id(), now_ns // 1_000_000, device_type="cpu")
+def _send(endpoint: Endpoint, sender: Sender, run: Run, now_ns: int) -> tuple[Outcome, float]:
     frame = Frame(run, 1, 1, 0, now_ns, ("loss",), (0.0,), {})
     encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
     [request] = encoder.requests(blocks_of([frame]))
-    started_s = time.perf_counter()
-    outcome = sender.send(request.body, endpoint.timeout_s)
-    latency_ms = (time.perf_counter() - started_s) * 1e3
-    if outcome.result is Result.DELIVERED:
-        _end(endpoint, sender, encoder, request, frame)
+    started_s, outcome = time.perf_counter(), None
+    try:
+        outcome = sender.send(request.body, endpoint.timeout_s)
+        latency_ms = (time.perf_counter() - started_s) * 1e3
+    finally:
+        if outcome is None:  # a signal has come; the endpoint may have taken the frame
+            _end(min(endpoint.timeout_s, _AFTER_SIGNAL_S), sender, encoder, request, frame)
+        elif outcome.result is Result.DELIVERED:
+            _end(endpoint.timeout_s, sender, encoder, request, frame)
     return outcome, latency_ms
 
 
-def _end(endpoint: Endpoint, sender: Sender, encoder: Encoder, request: Request, frame: Frame) -> None:
+def _end(timeout_s: float, sender: Sender, encoder: Encoder, request: Request, frame: Frame) -> None:
     """Ends the run and its series as a session does, so that it does not look alive after the check."""
     after_ns = frame.time_unix_ns + 1_000_000
     outcome = {("esper.run.ended", "completed"): 1.0}
     ended = encoder.health_scope(outcome, start_unix_ns=frame.time_unix_ns, time_unix_ns=after_ns)
     streams: list[Stream] = [(name, {}) for name in sorted({*request.names, *COUNTED})]
     for body in encoder.stale(frame.run, streams, time_unix_ns=after_ns, health=[ended]):
-        sender.send(body, endpoint.timeout_s)
+        sender.send(body, timeout_s)
 
 
 def of_outcome(outcome: Outcome, endpoint: Endpoint) -> CheckStage:
@@ -334,4 +393,4 @@ def of_outcome(outcome: Outcome, endpoint: Endpoint) -> CheckStage:
     if outcome.result is Result.DELIVERED:
         reason = f"{endpoint.target} refused {outcome.rejected_points} points: {outcome.reason}"
         return CheckStage("frame", False, reason, "the endpoint's log says what it does not accept")
-    return CheckStage("frame", False, outcome.reason, _FIXES[outcome.result])
+    return CheckStage("frame", False, outcome.reason, FIXES[outcome.result])

@@ -6,9 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from esper_otel.export.outcome import Result
+
 # Once a run has begun to arrive, the rest is given up after this time without a new step. A gateway waits two seconds
 # for missing points.
 QUIET_S = 3.0
+
+
+# What to do about an outcome.
+FIXES = {
+    Result.TEMPORARY: "correct that; until then a run keeps its steps and retries",
+    Result.UNAUTHENTICATED: "correct the credentials there: a header is authorization=Bearer%20<token>, a token file "
+    "holds the token alone, a proxy is http://user:password@host:port",
+    Result.TOO_LARGE: "raise the endpoint's limit for a request to 4 MiB or more",
+    Result.REFUSED: "the endpoint's log says what it does not accept; steps that it refuses are lost, and counted",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,9 @@ from esper_otel.schema import Metric
 Trends: TypeAlias = Callable[[Any, float, float], tuple[Any, tuple[str, ...], tuple[float, ...]]]
 
 
+_NAN = float("nan")
+
+
 def _name(entry: str | Metric) -> str:
     return entry if isinstance(entry, str) else entry.name
 
@@ -74,11 +77,13 @@ class Deriver:
             processor if type(processor) is Dynamics else _GuardedProcessor(processor, fault)
             for processor in processors
         )
-        self._advances = tuple((processor, processor.advance) for processor in self._processors)
+        # The built-in processor comes first. It needs no guard: numbers never make it raise.
+        first = processors[0] if processors else None
+        self._trends: Trends | None = first.step if type(first) is Dynamics else None
+        others = self._processors if self._trends is None else self._processors[1:]
+        self._advances = tuple((processor, processor.advance) for processor in others)
         self.states: tuple[Any, ...] = tuple(processor.initial() for processor in self._processors)
-        # Most runs have only the built-in processor. It needs neither a loop nor a guard: numbers never make it raise.
-        alone = processors[0] if len(processors) == 1 else None
-        self.step: Trends | None = alone.step if isinstance(alone, Dynamics) else None
+        self.step: Trends | None = None if others else self._trends  # most runs have no other processor
         self._fault = fault
         given_before: set[str] = set()
         self._chained = False
@@ -88,31 +93,40 @@ class Deriver:
 
     def commit(self, given: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
         """Advances to the next step and returns names and numbers of the derived metrics."""
-        self.states, derived = self._advance(given)
-        return tuple(derived), tuple(derived.values())
+        self.states, names, numbers = self._advance(given)
+        return names, numbers
 
     def peek(self, given: Mapping[str, float]) -> Mapping[str, float]:
         """Returns what ``commit`` would, by name, without advancing."""
-        return self._advance(given)[1]
+        _, names, numbers = self._advance(given)
+        return dict(zip(names, numbers, strict=True))
 
-    def _advance(self, given: Mapping[str, float]) -> tuple[tuple[Any, ...], Mapping[str, float]]:
+    def _advance(self, given: Mapping[str, float]) -> tuple[tuple[Any, ...], tuple[str, ...], tuple[float, ...]]:
+        """Returns the next states, and names and numbers of the derived metrics, each of which one processor gives."""
         states = [*self.states]
-        derived: dict[str, float] = {}
-        for place, (processor, advance) in enumerate(self._advances):
+        names: tuple[str, ...] = ()
+        numbers: tuple[float, ...] = ()
+        if self._trends is not None:
+            loss, norm = given.get("loss", _NAN), given.get("gradient_norm", _NAN)
+            states[0], names, numbers = self._trends(states[0], loss, norm)
+            if self._chained:  # values given by the caller take precedence
+                given = {**dict(zip(names, numbers, strict=True)), **given}
+        place = len(states) - len(self._advances)
+        for processor, advance in self._advances:
             before = states[place]
             try:
-                after = advance(before, given)
+                states[place] = after = advance(before, given)
             except Exception as error:  # noqa: BLE001 - a user's processor must not stop training
                 self._fault(f"processor {getattr(processor, 'name', type(processor).__name__)}", error)
-                continue
+                after = before
+            place += 1
             if after is before:
                 continue
-            states[place] = after
             readings = processor.readings(after)
-            derived.update(readings)
-            if self._chained:  # values given by the caller take precedence
+            names, numbers = names + tuple(readings), numbers + tuple(readings.values())
+            if self._chained:
                 given = {**readings, **given}
-        return tuple(states), derived
+        return tuple(states), names, numbers
 
     def _keys(self) -> list[str]:
         # The key is the list of metrics given: it does not depend on the processor's class or its place in the list.

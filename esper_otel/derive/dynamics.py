@@ -57,7 +57,7 @@ class Dynamics:
         self._without = frozenset(without)
         self._smoothing = smoothing
         self._window = window
-        self._usual = -1 if without else window  # length of the window in the usual case
+        self._usual = -1 if len(self.gives) < len(every) else window  # length of the window in the usual case
         self._rest = 1.0 - smoothing
         self._root = sqrt(window)
 

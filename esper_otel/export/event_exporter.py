@@ -10,7 +10,7 @@ from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.event_records import MOST_RECORDS, in_one_request, request_of
 from esper_otel.export.event_source import EventSource
-from esper_otel.export.outcome import pause_s
+from esper_otel.export.outcome import LONGEST_PAUSE_S, pause_s
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frames.event_log import Event
 from esper_otel.log import Warnings, announce
@@ -20,14 +20,17 @@ from esper_otel.untraced import untraced
 
 _PAUSE_WHILE_CLOSING_S = 0.1
 _LEAST_S = 0.5  # to close, if steps have taken all the time
+_LONGEST_WITHOUT_LOGS_S = 60.0  # between two requests to an endpoint that has no logs
 NO_LOGS = "the endpoint has no logs"
 
 
 class EventExporter:
     """Sends events from a thread and over a connection of their own, so that steps never wait for them.
 
-    Events are kept until the endpoint has acknowledged or refused them. An endpoint that has no logs is reported once;
-    events that it should have taken are counted by reason, like those that were refused.
+    Events are kept until the endpoint has acknowledged or refused them. An endpoint that has no logs is reported once
+    and asked again, ever more seldom: it may be a proxy whose server is away. If it has taken none in the whole
+    session, closing does not wait for it. Without a spool, the events are then counted by reason, like those that were
+    refused; in a spool, they wait for the next session, but those of earlier sessions do so no longer.
 
     Args:
         sender: sends requests of logs; closed with the exporter.
@@ -60,7 +63,7 @@ class EventExporter:
         self._until_unix_ns: int | None = 0
         self._at_once = MOST_RECORDS
         self._failures = 0
-        self._has_said_missing = False
+        self._has_said_missing = self._gives_up = False
         self._deadline_s: float | None = None
         self._wake = Bell()
         self._closing = threads().Event()
@@ -130,7 +133,7 @@ class EventExporter:
     def count_lost(self) -> None:
         """Counts the events that wait as dropped: nothing keeps them."""
         if self.live is not None and self.live.log.count:
-            self._dropped["not sent before close"] += self.live.log.count
+            self._dropped[NO_LOGS if self._gives_up else "not sent before close"] += self.live.log.count
             self.live.log.delivered(self.live.log.last)
 
     # -- the thread --------------------------------------------------------------------------------------
@@ -142,8 +145,10 @@ class EventExporter:
                 (self._closing if self._failures else self._wake).wait(wait_s)
                 self._wake.clear()
                 wait_s = self._send_guarded()
-            while self._send_guarded() is not None and (left_s := self._left_s()) > 0:
+            while self._send_guarded() is not None and not self._gives_up and (left_s := self._left_s()) > 0:
                 time.sleep(min(_PAUSE_WHILE_CLOSING_S, left_s))
+            if self._gives_up and self.live is not None:  # esper-otel send leaves them to its next call
+                self._drop_leftovers()
 
     def _send_guarded(self) -> float | None:
         """Sends what may be sent. Returns how long to pause before the next attempt; None when all is sent."""
@@ -215,17 +220,18 @@ class EventExporter:
         if outcome.is_missing:
             if not self._has_said_missing:
                 # Not a warning: with opentelemetry-instrument, logs are asked for where the user has set nothing.
-                announce("sends no events", f"{printable(outcome.reason)}; they are counted")
+                announce("sends no events", f"{printable(outcome.reason)}; it is asked again from time to time")
             self._has_said_missing = True
-            self._dropped[NO_LOGS] += len(events)
-        elif outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED}:
+            self._gives_up = self._deadline_s is not None and not self.sent
+            return self._pause(outcome, _LONGEST_WITHOUT_LOGS_S)
+        if outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED}:
             if self._deadline_s is None:
                 self._warnings.say("events", "events do not reach the endpoint: %s", outcome.reason)
             return self._pause(outcome)
-        elif outcome.result is Result.TOO_LARGE and len(events) > 1:
+        if outcome.result is Result.TOO_LARGE and len(events) > 1:
             self._at_once = len(events) // 2
             return None
-        elif outcome.result is Result.DELIVERED:
+        if outcome.result is Result.DELIVERED:
             refused = min(outcome.rejected_points, len(events))
             self.sent += len(events) - refused
             if refused:
@@ -250,7 +256,15 @@ class EventExporter:
         """Returns how much time there is; while the session lives, as much as for a request."""
         return self._timeout_s if self._deadline_s is None else self._deadline_s - time.monotonic()
 
-    def _pause(self, outcome: Outcome | None = None) -> float:
+    def _pause(self, outcome: Outcome | None = None, longest_s: float = LONGEST_PAUSE_S) -> float:
         """Returns how long to wait after a failure."""
         self._failures += 1
-        return pause_s(self._failures, outcome)
+        return pause_s(self._failures, outcome, longest_s)
+
+    def _drop_leftovers(self) -> None:
+        """Drops the events of earlier sessions, which have waited for the whole of another one, and their folders."""
+        while self._leftovers:
+            source = self._leftovers.popleft()
+            self._dropped[NO_LOGS] += source.log.count
+            self._advance(source, source.log.last)
+            self._forget(source)

@@ -14,7 +14,7 @@ import stat
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from esper_otel import unix
@@ -24,6 +24,7 @@ from esper_otel.log import Warnings
 SUFFIX = ".frames"
 OUTCOME = "outcome"
 MARKER = "esper-otel-spool"
+RANK = "rank"
 PHASES = "phases"
 EVENTS = "events"
 JOURNALS = (PHASES, EVENTS)  # the order of their numbers in the file of what was acknowledged
@@ -34,10 +35,11 @@ _MOST_SEQUENCE = 2**63
 _PRIVATE = 0o700  # metrics may be confidential
 _MOST_BYTES = 1 << 30  # largest size of one file
 _MOST_OUTCOME_BYTES = 1_000
+_MOST_RANK_BYTES = 20
 _MOST_SHOWN = 3
 _NAME = re.compile(r"\d+-\d+-[0-9a-f]+")
 _NEW = "new-"
-_OUR_FILES = re.compile(rf"{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|({_NEW})?({PHASES}|{EVENTS})|\d{{8}}\{SUFFIX}")
+_OUR_FILES = re.compile(rf"{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|{RANK}|({_NEW})?({PHASES}|{EVENTS})|\d{{8}}\{SUFFIX}")
 
 # A POSIX lock belongs to the process and ends when any descriptor of the file is closed, so it cannot separate two
 # sessions within one process. This table holds the folders that sessions of this process own, by device and inode.
@@ -75,8 +77,12 @@ class Folder:
         }
 
     @classmethod
-    def create(cls, directory: Path) -> Folder:
+    def create(cls, directory: Path, rank: int | None = None) -> Folder:
         """Makes a folder. It gets its final name only once it is locked and marked, so no other session can adopt it.
+
+        Args:
+            directory: the spool directory.
+            rank: that of the session, if its run has several.
 
         Raises:
             OSError: the folder cannot be made.
@@ -88,6 +94,8 @@ class Folder:
             with _claimed(_opened(_NEW + name, parent)) as descriptor:
                 lock = _locked(descriptor, MARKER, os.O_CREAT | os.O_EXCL)
                 os.write(lock, _MARKER_TEXT)
+                if rank is not None:
+                    _write(descriptor, RANK, str(rank).encode())
                 os.rename(_NEW + name, name, src_dir_fd=parent, dst_dir_fd=parent)
                 return cls(directory / name, descriptor, lock)
         finally:
@@ -181,13 +189,13 @@ class Folder:
             return 0
 
     def delete(self, name: str) -> None:
-        """Deletes a file of frames."""
+        """Deletes a file of frames or phases."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._descriptor)
 
-    def delete_frames(self) -> None:
-        """Deletes all files of frames."""
-        for name in self.segments():
+    def delete_delivered(self) -> None:
+        """Deletes all files of frames and phases, of which everything is delivered: only events wait."""
+        for name in (*self.segments(), PHASES):
             self.delete(name)
 
     def note_outcome(self, outcome: str) -> None:
@@ -246,14 +254,16 @@ class Folder:
         return file
 
 
-def abandoned(directory: Path, warnings: Warnings) -> Iterator[Folder]:
-    """Takes over the folders whose sessions have ended and yields them, oldest first.
+def abandoned(directory: Path, warnings: Warnings, rank: int | None = None) -> Iterator[Folder]:
+    """Takes over the folders whose sessions have ended and yields them, oldest first; with ``rank``, no other rank's.
 
     Anything whose name is not that of a session's folder belongs to the user and is ignored. A folder with such a name
     that cannot be trusted is left alone and named in a warning.
     """
     refused: list[str] = []
     for name in sorted(filter(_NAME.fullmatch, os.listdir(directory))):
+        if rank is not None and _rank_of(directory, name) not in {None, rank}:
+            continue
         try:
             folder = Folder.adopt(directory, name)
         except (NotOurs, OSError) as error:
@@ -270,6 +280,25 @@ def abandoned(directory: Path, warnings: Warnings) -> Iterator[Folder]:
             ", ".join(refused[:_MOST_SHOWN]),
             more,
         )
+
+
+def _rank_of(directory: Path, name: str) -> int | None:
+    """Returns the rank whose folder this is; None if that is not known. Its session may be alive."""
+    with suppress(OSError, ValueError), ExitStack() as closing:
+        parent = _opened(directory, follow=True)
+        closing.callback(os.close, parent)
+        folder = _opened(name, parent)
+        closing.callback(os.close, folder)
+        return int(_beginning(folder, RANK, _MOST_RANK_BYTES))
+    return None
+
+
+def _write(descriptor: int, name: str, content: bytes) -> None:
+    file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | unix.FILE, 0o600, dir_fd=descriptor)
+    try:
+        os.write(file, content)
+    finally:
+        os.close(file)
 
 
 def _opened(path: Path | str, parent: int | None = None, *, follow: bool = False) -> int:

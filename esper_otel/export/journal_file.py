@@ -59,7 +59,7 @@ class JournalFile(Generic[EntryT]):
         self._most_bytes = _RENEW_BYTES
 
     def write(self, entries: Sequence[EntryT]) -> None:
-        """Writes new entries. Never raises: they are still in the journal if the disk cannot be written."""
+        """Writes new entries; without any, the run alone. Never raises: if the disk fails, they are in the journal."""
         if self._is_closed:  # the folder may be another session's by now
             return
         try:

@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 MAX_ANSWER_BYTES = 1024 * 1024
 _MOST_CHARACTERS = 300
 _FIRST_PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 5.0  # short, so that the end of an outage or a corrected token is noticed soon
+LONGEST_PAUSE_S = 5.0  # short, so that the end of an outage or a corrected token is noticed soon
 _LONGEST_ASKED_S = 30.0
 
 
@@ -61,12 +61,11 @@ def delivered(body: bytes, said: Callable[[str], str]) -> Outcome:
     return Outcome(Result.DELIVERED, said(partial.error_message), rejected_points=max(partial.rejected_data_points, 0))
 
 
-def pause_s(failures: int, outcome: Outcome | None = None) -> float:
+def pause_s(failures: int, outcome: Outcome | None = None, longest_s: float = LONGEST_PAUSE_S) -> float:
     """Returns how long to wait after so many failures: what the endpoint asked for, or an exponential back-off."""
     if outcome is not None and outcome.retry_after_s is not None:
         return min(outcome.retry_after_s, _LONGEST_ASKED_S)
-    longest_s = min(_FIRST_PAUSE_S * 2.0 ** min(failures - 1, 10), _LONGEST_PAUSE_S)
-    return longest_s * random.uniform(0.5, 1.0)  # noqa: S311
+    return min(_FIRST_PAUSE_S * 2.0 ** min(failures - 1, 10), longest_s) * random.uniform(0.5, 1.0)  # noqa: S311
 
 
 def one_line(text: str) -> str:

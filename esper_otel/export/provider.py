@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from esper_otel.export.variables import Variables, warn
 
 _EXPORTERS = "OTEL_METRICS_EXPORTER"
 _LOGS_EXPORTER = "OTEL_LOGS_EXPORTER"
+PROMETHEUS_PORT = "OTEL_EXPORTER_PROMETHEUS_PORT"
 _GROUP = "opentelemetry_metrics_exporter"
 _LOGS_GROUP = "opentelemetry_logs_exporter"
 # Name patterns of the instruments of seed metrics.
@@ -133,11 +134,16 @@ def events_exporter(
 ) -> EventsExporter:
     """Reads ``OTEL_LOGS_EXPORTER``: events are sent if it names ``otlp``. Its other exporters are not for events.
 
+    With ``OTEL_SDK_DISABLED``, none are, and it is not looked at.
+
     Args:
         environ: the environment.
         ignored: called with a message for each name that no exporter of logs has.
     """
-    _, setting = Variables(environ).text(_LOGS_EXPORTER)
+    variables = Variables(environ, lambda _: None)  # the exporters of metrics have reported the switch
+    if _is_disabled(variables):
+        return EventsExporter(False, None)
+    _, setting = variables.text(_LOGS_EXPORTER)
     words = [word for word in (part.strip().lower() for part in setting.split(",")) if word]
     unknown = [word for word in words if word not in {*_PROTOCOLS, "none", "console"}]
     if unknown:  # or else looking for what is installed would take time in every program
@@ -147,6 +153,29 @@ def events_exporter(
                 ignored(f"{_LOGS_EXPORTER}={setting!r}: no exporter is called {word!r}; for events of runs it is otlp")
     protocols = [_PROTOCOLS[word] for word in words if word in _PROTOCOLS]
     return EventsExporter(bool(protocols), protocols[0] if protocols else None)
+
+
+def check_readers(
+    names: Iterable[str], environ: Mapping[str, str] = os.environ, *, ignored: Callable[[str], None] = warn
+) -> None:
+    """Reads the numbers that making these readers reads, without making them.
+
+    Args:
+        names: of the readers.
+        environ: the environment.
+        ignored: called with a message for each number that cannot be used.
+    """
+    variables = Variables(environ, ignored)
+    for is_scraped in {name == "prometheus" for name in names}:
+        if is_scraped:
+            prometheus_port(variables)
+        else:
+            _periods_ms(variables)
+
+
+def prometheus_port(variables: Variables) -> int:
+    """Returns the port to be scraped at."""
+    return int(variables.number(PROMETHEUS_PORT, default=9464, lowest=0, highest=65535, unit="a port", of=int))
 
 
 class OwnProvider(MeterProvider):
@@ -202,13 +231,16 @@ def _scraped() -> MetricReader:
 
 
 def _periodic(exporter: MetricExporter) -> MetricReader:
-    variables, unit = Variables(os.environ), "a number of milliseconds above 0"
+    interval_ms, timeout_ms = _periods_ms(Variables(os.environ))
+    return PeriodicExportingMetricReader(exporter, interval_ms, timeout_ms)
+
+
+def _periods_ms(variables: Variables) -> tuple[float, float]:
+    """Returns the interval and the time-out of a periodic reader."""
 
     def milliseconds(name: str, default: float) -> float:
+        unit = "a number of milliseconds above 0"
         return variables.number(name, default=default, lowest=math.ulp(0.0), highest=2**31 - 1, unit=unit)
 
-    return PeriodicExportingMetricReader(
-        exporter,
-        export_interval_millis=milliseconds("OTEL_METRIC_EXPORT_INTERVAL", 60_000),
-        export_timeout_millis=milliseconds("OTEL_METRIC_EXPORT_TIMEOUT", 30_000),
-    )
+    interval_ms = milliseconds("OTEL_METRIC_EXPORT_INTERVAL", 60_000)
+    return interval_ms, milliseconds("OTEL_METRIC_EXPORT_TIMEOUT", 30_000)

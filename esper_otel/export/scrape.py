@@ -16,10 +16,10 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from esper_otel import unix
+from esper_otel.export.provider import PROMETHEUS_PORT, prometheus_port
 from esper_otel.export.variables import Variables
 
 _HOST = "OTEL_EXPORTER_PROMETHEUS_HOST"
-_PORT = "OTEL_EXPORTER_PROMETHEUS_PORT"
 _NEIGHBOURS = 64  # ports to try, so that the ranks of one host use consecutive ports
 _PAUSE_S = 0.1
 _CANNOT_HAVE = {errno.EADDRINUSE, errno.EACCES}
@@ -35,12 +35,12 @@ class ScrapeReader(PrometheusMetricReader):
     def __init__(self, variables: Variables) -> None:
         _, host = variables.text(_HOST)
         host = host or "localhost"
-        port = int(variables.number(_PORT, default=9464, lowest=0, highest=65535, unit="a port", of=int))
+        port = prometheus_port(variables)
         registry = CollectorRegistry()
         try:
             self._server, why = _listening(host, port)
         except OSError as error:
-            raise OSError(f"{_HOST}={host!r}, {_PORT}={port}: {error.strerror or error}") from None
+            raise OSError(f"{_HOST}={host!r}, {PROMETHEUS_PORT}={port}: {error.strerror or error}") from None
         super().__init__(registry=registry)
         self._server.set_app(make_wsgi_app(registry))
         self._thread = threading.Thread(target=self._serve, name="esper-otel-scrape", daemon=True)
@@ -48,7 +48,7 @@ class ScrapeReader(PrometheusMetricReader):
         shown = f"[{host}]" if ":" in host else host
         self.said: str = f"scraped at http://{shown}:{self._server.server_port}/metrics"
         if why:
-            self.said += f" ({_PORT}={port}: {why})"
+            self.said += f" ({PROMETHEUS_PORT}={port}: {why})"
         _open.add(self._server)
 
     def _serve(self) -> None:

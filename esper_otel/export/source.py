@@ -22,7 +22,7 @@ from esper_otel.export.journal_file import JournalFile, stored_entries
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
 from esper_otel.frames.block import Block, Chunk
-from esper_otel.frames.frame import KILLED, Run
+from esper_otel.frames.frame import FINE, KILLED, Run
 from esper_otel.frames.phase_log import Phase, PhaseLog, checked_phase
 from esper_otel.frames.records import Damage, StoredContext, StoredResource, chunks_in
 from esper_otel.frames.ring import Ring
@@ -385,6 +385,11 @@ class LeftoverSource:
         self.folder.acknowledge(self._cursor)
 
     @property
+    def newest_unix_ns(self) -> int:
+        """The newest time of what was sent of it; without anything, when it began."""
+        return max(self.streams.last_unix_ns, self.sent_unix_ns) or self.start_unix_ns
+
+    @property
     def outcome(self) -> str:
         """How the run ended; "killed" if it stored no outcome."""
         return self.folder.outcome or KILLED
@@ -397,10 +402,12 @@ class LeftoverSource:
     def say_goodbye(self) -> None:
         """Queues the outcome of the run and the end of every series."""
         self.has_said_goodbye = True
-        if self.run is None:
+        is_empty = self.run is None and not self._phases.entries and not self.folder.acknowledged_entries[PHASES]
+        self.run = self.phases_run
+        if self.run is None or (is_empty and self.outcome in FINE):  # then there is no run for anybody to see
             return
         health: Sequence[ScopeMetrics] = ()
-        time_unix_ns = max(self.streams.last_unix_ns, self.sent_unix_ns) + _MS
+        time_unix_ns = self.newest_unix_ns + _MS
         try:
             health = self.health(time_unix_ns)
         except Exception as error:  # noqa: BLE001 - the series must still be ended
@@ -416,14 +423,18 @@ def leftovers_in(
     most_bytes: int,
     warnings: Warnings,
     reader_of: ReaderOf | None = None,
+    rank: int | None = None,
 ) -> list[LeftoverSource]:
     """Takes over the folders that earlier sessions left in a spool directory, oldest first.
+
+    With ``rank``, those of other ranks are left: their own sessions may be about to start, and what they record must
+    not reach a backend before what was left of the same rank.
 
     The oldest files are deleted until all folders together take at most ``most_bytes``. ``reader_of`` makes readers of
     their events; None if these are not to be sent.
     """
     leftovers = []
-    for folder in abandoned(directory, warnings):
+    for folder in abandoned(directory, warnings, rank):
         events = None if reader_of is None else left_in(folder, reader_of, warnings)
         leftovers.append(LeftoverSource(folder, encoder_of, fault, events))
         count = 0 if reader_of is not None else waiting_in(folder)

@@ -52,6 +52,7 @@ class Spool:
         resource_of: returns a run's Resource.
         most_bytes: limit of the size on disk; above it the oldest frames are deleted.
         warnings: where failures are reported.
+        rank: the rank of the session, if its run has several.
 
     Raises:
         ConfigurationError: the directory cannot be used.
@@ -66,6 +67,7 @@ class Spool:
         *,
         most_bytes: int,
         warnings: Warnings,
+        rank: int | None = None,
     ) -> None:
         self._ring = ring
         self._catalogue = catalogue
@@ -86,7 +88,7 @@ class Spool:
         unix.demand("setting spool_dir (or ESPER_SPOOL_DIR)", "without it, steps wait in memory")
         try:
             directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
-            self._folder = Folder.create(directory)
+            self._folder = Folder.create(directory, rank)
             self._open()
         except OSError as error:
             raise ConfigurationError(
@@ -253,7 +255,7 @@ class Spool:
                 else:
                     try:
                         if is_delivered:
-                            self._folder.delete_frames()
+                            self._folder.delete_delivered()
                         self._folder.note_outcome(outcome)
                     finally:
                         self._folder.release()

@@ -324,9 +324,9 @@ _OVER_LIMIT = "too many (attributes|live seeds|metrics|points|runs|seeds).*"
 PIPELINE = [
     Alert(
         "EsperCollectorDropping",
-        'sum by (job, instance, exporter) (rate({__name__=~"otelcol_exporter_send_failed_metric_points(_total)?"}[5m])) > 0',
+        'sum by (job, instance, exporter) (rate({__name__=~"otelcol_exporter_send_failed_(metric_points|log_records)(_total)?"}[5m])) > 0',
         "high",
-        "the collector {{ $labels.instance }} drops {{ $value | humanize }} points a second: {{ $labels.exporter }} refuses them",
+        "the collector {{ $labels.instance }} drops {{ $value | humanize }} points or log records a second: {{ $labels.exporter }} refuses them",
         "Its log says why. A wrong token is refused for good: let the receiving side accept both tokens while they change.",
     ),
     Alert(

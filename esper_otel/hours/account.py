@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 _MS = 1_000_000
 _DENSE, _SHARE = 64, 1 / 32  # every one of the first steps is a knot, then each that is this share further on
 _MOST_INSIDE = 4_096
+_LONGEST_MS = 1e13
 
 
 class Times(NamedTuple):
@@ -123,7 +124,7 @@ class Account:
         if phase.step is not None and phase.own_ms is not None and len(self.inside) < _MOST_INSIDE:
             self.inside[phase.name, phase.end_unix_ns] = phase.step, phase.own_ms
         if phase.length_ms is not None:
-            start_unix_ns = phase.end_unix_ns - round(phase.length_ms * _MS)
+            start_unix_ns = moved(phase.end_unix_ns, -phase.length_ms)
             earliest, started_up = self.starts
             is_start_up = phase.name == "start_up"
             self.starts = (
@@ -137,7 +138,7 @@ class Account:
         known = [self.starts[0]] if self.starts[0] else []
         if self.first is not None:
             before_ms = self.first.waited_ms + (self._stamped_at_end() * (self.first.latency_ms or 0.0))
-            known.append(self.first.time_unix_ns - round(before_ms * _MS))
+            known.append(moved(self.first.time_unix_ns, -before_ms))
         return min(known, default=0)
 
     @property
@@ -146,7 +147,7 @@ class Account:
         if self.last is None:
             return self.ends
         after_ms = 0.0 if self._stamped_at_end() else self.last.latency_ms or 0.0
-        return max(self.last.time_unix_ns + round(after_ms * _MS), self.ends)
+        return max(moved(self.last.time_unix_ns, after_ms), self.ends)
 
     def _stamped_at_end(self) -> bool:
         """Whether steps have the time at which they ended, as those that a trainer has measured itself.
@@ -202,6 +203,12 @@ class Account:
         knots = [(int(step), Times(*map(float, times))) for step, times in said["knots"]]
         sums, again = (Times(*map(float, said[name])) for name in ("sums", "again"))
         return cls(int(said["steps"]), first, last, int(said["highest"]), sums, again, knots)
+
+
+def moved(time_unix_ns: int, by_ms: float) -> int:
+    """Returns a time later or earlier by so much, within what a message can say: anybody may send durations."""
+    by_ms = min(max(by_ms, -_LONGEST_MS), _LONGEST_MS)
+    return min(max(time_unix_ns + round(by_ms * _MS), 0), 2**63 - 1)
 
 
 def _step_of(step: Any, time_unix_ns: Any, waited_ms: Any, latency_ms: Any, hooks_ms: Any) -> StepTimes:

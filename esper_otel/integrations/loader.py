@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Protocol
 
 import torch
@@ -65,9 +65,13 @@ class _Pass:
         self.has_gotten = False
         self.has_worked = False  # whether the model has run since the first batch
         self.is_unused = False  # whether a batch was taken since the last step
-        self.ahead = 0  # number of batches that a generator in between has prefetched
+        self.ahead = 0  # number of batches that code in between has prefetched
         self.samples: deque[int | None] = deque()
-        self.sequence = 0
+        self.sequence = 0  # at the last batch
+        self.asker: CodeType | None = None  # the code that has requested several batches before the model has run
+        self.together = 0  # number of batches since the model has run
+        self.counts: list[int] = []  # of the first batches, how many were requested at a time
+        self.last: deque[int | None] = deque(maxlen=_FARTHEST_AHEAD)  # numbers of samples
 
     def hand_out(self) -> int | None:
         """Returns the number of samples of the batch that the loop gets now."""
@@ -114,6 +118,7 @@ class Feed:
         self._sequence = 0
         self._thread: int | None = None
         self._asked_on: int | None = None
+        self._ahead_of: dict[CodeType, int] = {}  # how far code requests batches ahead, where that is known
 
     @property
     def is_heard(self) -> bool:
@@ -135,6 +140,22 @@ class Feed:
         """Whether a model has run since the last batch. If not, the batch was only prefetched."""
         return _sequence() != self._sequence
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the model has not run since the last batch or step. Scaling a loss is one operation of its own."""
+        return _sequence() - self._sequence <= 1
+
+    @property
+    def has_ahead(self) -> bool:
+        """Whether batches were requested ahead of the steps that use them."""
+        return self._current is not None and self._current.ahead > 0
+
+    def postpone(self) -> None:
+        """The step that begins does not use the last batch, which counts for the next one."""
+        if self._current is not None:
+            self._current.ahead = 1
+            self._current.samples.extend([*self._current.last][-1:])
+
     @_harmless
     def asks(self, taker: object) -> None:
         """See ``Listener``."""
@@ -153,6 +174,9 @@ class Feed:
                     self._waiting.discard()
                 elif not self._is_open(before) and not self.has_worked:  # as after a ``break`` at the loop's top
                     self._waiting.discard_last()
+        elif now.has_gotten and _sequence() != now.sequence:
+            now.has_worked = True
+            self._learn(now)
         elif now.has_gotten and not now.has_worked:
             self._look_ahead(now)
         self._waiting.wait()
@@ -165,13 +189,13 @@ class Feed:
             return
         self._asking = None
         now.has_gotten = now.is_unused = True
+        now.together += 1
         samples = samples_of(batch)
+        now.last.append(samples)
         if now.ahead:
             now.samples.append(samples)
             samples = now.hand_out()
-        self._sequence = _sequence()
-        if not now.has_worked:
-            now.sequence = self._sequence
+        self._sequence = now.sequence = _sequence()
         self._was_training = torch.is_grad_enabled()
         self._waiting.batch(samples)
 
@@ -210,6 +234,7 @@ class Feed:
             now.has_worked = self._was_training = True
             self._count(now)
             self.epoch = now.number or 0
+            self._sequence = _sequence()
 
     def is_of_another_thread(self) -> bool:
         """Whether the training thread is alive and is not the current thread."""
@@ -250,18 +275,39 @@ class Feed:
         return taker is not None and self._passes.get(id(taker)) is each
 
     def _look_ahead(self, now: _Pass) -> None:
-        """Checks whether the previous batch was only prefetched by a generator: the model has not run since."""
-        if _sequence() != now.sequence:
-            now.has_worked = True
-        elif now.ahead < _FARTHEST_AHEAD and _is_for_a_generator():
+        """Another batch is requested before the model has run: the one before is of the same step, or prefetched.
+
+        Until it is known what the code in between does, generators and iterators are taken to prefetch.
+        """
+        asker = _asker()
+        if asker is None:
+            return
+        now.asker = asker
+        is_iterator = bool(asker.co_flags & inspect.CO_GENERATOR) or asker.co_name == "__next__"
+        if now.ahead < self._ahead_of.get(asker, _FARTHEST_AHEAD if is_iterator else 0):
             now.ahead += 1
 
+    def _learn(self, now: _Pass) -> None:
+        """Learns from the first steps of a pass how many of the batches requested at first were prefetched.
 
-def _is_for_a_generator() -> bool:
+        Who needs two batches for a step requests two for each; who prefetches one requests two only once.
+        """
+        together, now.together = now.together, 0
+        if now.asker is None or now.asker in self._ahead_of or len(now.counts) > 2:
+            return
+        now.counts.append(together)
+        first, *later = now.counts
+        if later and (later[0] == first or (len(later) > 1 and later[0] == later[1] < first)):
+            now.ahead = self._ahead_of[now.asker] = first - later[0]
+            now.samples = deque([*now.last][len(now.last) - now.ahead :])
+
+
+def _asker() -> CodeType | None:
+    """Returns the code that requests a batch."""
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the caller
     while frame is not None and str(frame.f_globals.get("__name__")).startswith("esper_otel."):
         frame = frame.f_back
-    return frame is not None and bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
+    return None if frame is None else frame.f_code
 
 
 # -- iterators of loaders without a stand-in ---------------------------------------------------------------

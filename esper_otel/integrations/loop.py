@@ -203,6 +203,10 @@ class Loop:
         """Adds samples to the current step."""
         self._now.samples = samples + (self._now.samples or 0)
 
+    def uncount(self) -> None:
+        """The last batch is for a later step: its samples are not of this one."""
+        self._now.samples = None
+
     def discard(self) -> None:
         """The batches since the last step were not for training."""
         if not self.has_stepped:

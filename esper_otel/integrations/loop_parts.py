@@ -44,11 +44,15 @@ class StepParts:
 
     Args:
         timer: returns what measures; asked at each batch, since the device may become known late.
+
+    Attributes:
+        on_backward: called before each backward pass of a followed loop.
     """
 
     def __init__(self, timer: Callable[[], Timer]) -> None:
         self.host_ms: dict[str, float] = {}
         self.device: list[tuple[str, CopyTime]] = []
+        self.on_backward: Callable[[], None] | None = None
         self._timer_of = timer
         self._timer: Timer = NOTHING
         self._thread = 0
@@ -84,6 +88,8 @@ class StepParts:
     def backward_begins(self) -> None:
         """A backward pass begins."""
         if self._is_followed():
+            if self.on_backward is not None:
+                self.on_backward()
             self._end("forward" if self._part == _BETWEEN else self._part)
             self._begin("backward")
 

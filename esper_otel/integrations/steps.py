@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,8 @@ class OptimizerSteps:
         self._batches = 0
         self._others = 0
         self._has_said = False
+        self._is_ahead = False  # whether the last batch is for the step after the one that was made last
+        self.loop.parts.on_backward = self._before_backward
 
     # -- batches; ``loader.BatchListener`` -------------------------------------------------------------------------
 
@@ -116,11 +118,18 @@ class OptimizerSteps:
     def batch(self, samples: int | None = None) -> None:
         """The batch has arrived: records the previous step, to which ``put`` no longer applies."""
         self.end()
+        self._is_ahead = False
         self.loop.batch(samples)
         if not self.count:
             self._batches += 1
             if self._batches == _MANY and torch.is_grad_enabled():
                 self.say_if_unseen()
+
+    def put(self, values: Mapping[str, Any]) -> None:
+        """See ``Loop.put``. If the model has run on a batch requested ahead, the values belong to its step."""
+        if self._is_ahead and self.loop.has_stepped and self._stepped_s is not None and not self._feed.is_ahead:
+            self._begin_next(self._stepped_s)
+        self.loop.put(values)
 
     # -- optimizers ------------------------------------------------------------------------------------------------
 
@@ -140,10 +149,14 @@ class OptimizerSteps:
         index = self._index_of(optimizer)
         if self.loop.has_stepped:
             if self._stepped_s is not None:
-                self.loop.stop_at(self._stepped_s)
-            self.end()
-            if self._stepped_s is not None:
-                self.loop.go_on(self._stepped_s)
+                self._begin_next(self._stepped_s)
+            else:
+                self.end()
+        elif self._feed.is_ahead and (self.loop.has_earlier or self._feed.has_ahead):
+            if not self._feed.has_ahead:
+                self._feed.postpone()
+                self.loop.uncount()
+            self._is_ahead = True
         self._last_index = index
         self._feed.steps()
         closure = named.get("closure", arguments[1] if len(arguments) > 1 else None)
@@ -200,6 +213,11 @@ class OptimizerSteps:
                 self._has_said = True
                 logger.warning(_REPLACED, type(watched[0]).__name__, f"another {type(optimizer).__name__}")
 
+    def _before_backward(self) -> None:
+        """A backward pass begins."""
+        if self._feed.is_ahead:  # it is of the batch before, which therefore was not skipped
+            self._forget_gradient()
+
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def end(self) -> None:
@@ -207,6 +225,13 @@ class OptimizerSteps:
         if self.loop.has_stepped and len(self._known) > 1:
             self.loop.put({"esper.optimizer.index": self._last_index})
         self.loop.end(epoch=self._feed.epoch)
+
+    def _begin_next(self, since_s: float) -> None:
+        """Records the step, which ended at ``since_s``, where the next one has begun without a new batch."""
+        self._is_ahead = False
+        self.loop.stop_at(since_s)
+        self.end()
+        self.loop.go_on(since_s)
 
     def _followed(self, optimizer: Any, closure: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps the closure, to use the gradients of its last evaluation."""

@@ -72,7 +72,7 @@ class Watch(Loader[Batch]):
             UnknownMetric: a name is not declared; the message suggests the nearest one.
             InvalidValue: a value is not a single number.
         """
-        self._watching.loop.put(values)
+        self._watching.steps.put(values)
 
     @spares_mistakes(_mistakes_of)
     def validation(self, *, loss: Scalar | None = None, accuracy: Scalar | None = None, **others: Never) -> None:

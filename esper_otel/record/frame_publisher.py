@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from time import monotonic, sleep
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from esper_otel.frames.frame import (
@@ -52,8 +52,8 @@ _NO_SEEDS_CHANGE: _SeedsChange = (NO_SEEDS, (), None)
 # Layouts kept; a script that makes names up in every step has others each time.
 _MOST_LAYOUTS = 4_000
 
-# Layouts by what was recorded, then by the names derived.
-_Layouts: TypeAlias = dict[Signature, dict[tuple[str, ...], Layout]]
+# Layouts by what was recorded and the names derived.
+_Layouts: TypeAlias = dict[tuple[Signature, tuple[str, ...]], Layout]
 
 _LOWEST, _HIGHEST = -FLOAT32_BOUND, FLOAT32_BOUND  # a loss beyond these is not finite as a float32
 
@@ -257,8 +257,8 @@ class FramePublisher:
 
     def _settle(self, deadline_s: float) -> None:
         self.drain()
-        while self.waiting and time.monotonic() < deadline_s:
-            time.sleep(_DEVICE_POLL_S)
+        while self.waiting and monotonic() < deadline_s:
+            sleep(_DEVICE_POLL_S)
             self.drain()
         if not self.waiting:
             return
@@ -338,18 +338,6 @@ class FramePublisher:
         """
         return not self.waiting and self.live.is_good(table)
 
-    def _publish_completed(self, draft: Draft, held: DeviceValues | None) -> None:
-        """Publishes a step that has ended, after adding the context and fresh readings to it."""
-        following, context = self.next_step, None
-        if following.is_anything:
-            held, context = following.take_context(held)
-        probed = self.probing.readings(time.monotonic())
-        draft = draft._replace(values=self.names.kept(draft.values), context=context, probed=probed)
-        if held is not None or self.waiting:
-            self.publish_later(draft, held)
-        else:
-            self._publish_draft(draft)
-
     def publish(
         self,
         step: int,
@@ -371,14 +359,17 @@ class FramePublisher:
         ``held`` is what is still on a device. ``context`` and ``probed`` are only given for a step that has waited.
         """
         if probed is None:
+            numbers = numbers if recorded.kept is None else recorded.kept_of(numbers)
+            recorded = recorded if recorded.kept is None else recorded.kept
+            if self.next_step.is_anything:
+                held, context = self.next_step.take_context(held)
             probed, until_s = self.probing.shown
-            is_usual = held is None and not (self.waiting or self.next_step.is_anything)
-            if not is_usual or until_s <= time.monotonic():
-                draft = Draft(step, epoch, time_unix_ns, recorded.dict_of(numbers), table, failed, retired)
-                self._publish_completed(draft, held)
+            probed = probed if monotonic() < until_s else self.probing.readings(monotonic())
+            if held is not None or self.waiting:
+                values = recorded.dict_of(numbers)
+                draft = Draft(step, epoch, time_unix_ns, values, table, failed, retired, context, probed)
+                self.publish_later(draft, held)
                 return
-            if recorded.kept is not None:
-                recorded, numbers = recorded.kept, recorded.kept_of(numbers)
         if self._before is not None or self._owed is not None:
             retired, context = self._recovered(retired, context)
         ring, deriving = self.ring, self._deriving
@@ -387,13 +378,12 @@ class FramePublisher:
         self._before = (ring.last + 1, deriving.states, self.last_finite_loss, seeds, retired, context)
         self._owed = None
         table, ended, violations = self._stepped(table, retired) if has_seeds else _NO_SEEDS_CHANGE
-        loss = _NAN if recorded.loss < 0 else numbers[recorded.loss]
+        loss = _NAN if recorded.loss < 0 else 1.0 * numbers[recorded.loss]  # it may be an int
         if failed or deriving.step is None:
             self.counters.failed += failed
-            has_nothing = failed or not deriving.states
-            derived, computed = _NOTHING if has_nothing else deriving.commit({**probed, **recorded.dict_of(numbers)})
+            derived, computed = _NOTHING if failed or not deriving.states else self._derived(recorded, numbers, probed)
         else:
-            norm = _NAN if recorded.norm < 0 else numbers[recorded.norm]
+            norm = _NAN if recorded.norm < 0 else 1.0 * numbers[recorded.norm]
             state, derived, computed = deriving.step(deriving.states[0], loss, norm)
             deriving.states = (state,)
         if self._is_unsettled:
@@ -406,10 +396,9 @@ class FramePublisher:
         _, before, beside, layouts = self._surroundings
         if context or probed is not before:
             _, _, beside, layouts = self._surround(context, probed)
-        try:
-            layout = layouts[recorded][derived]
-        except KeyError:
-            layout = self._compiled(derived, recorded)
+        layout = recorded.layout
+        if recorded.layouts is not layouts or layout.derived is not derived:  # another one than in its last step
+            layout = self._layout(derived, recorded)
         numbers = computed + beside + numbers
         ring.append(self.run, step, epoch, time_unix_ns, layout, numbers, table, self._live.table, ended)
         self._before = None
@@ -417,6 +406,13 @@ class FramePublisher:
             self.published()
         if not has_loss and recorded.loss >= 0 and self.alarmed is not None:
             self.alarmed()
+
+    def _derived(
+        self, recorded: Signature, numbers: tuple[float, ...], probed: Mapping[str, float]
+    ) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Returns names and numbers of what the processors derive from a step; they advance to the next one."""
+        given = dict(zip(recorded.names, map(float, numbers), strict=True))
+        return self._deriving.commit({**probed, **given} if probed else given)
 
     def _go_back(self) -> None:
         """Undoes what a step has changed that Ctrl-C has stopped, unless its row is in the ring."""
@@ -453,15 +449,18 @@ class FramePublisher:
         layouts = self._all_layouts.setdefault((tuple(context), tuple(probed)), {})
         return context, probed, (*context.values(), *probed.values()), layouts
 
-    def _compiled(self, derived: tuple[str, ...], recorded: Signature) -> Layout:
-        """Compiles the layout of a step, and keeps it for those that have the same names."""
-        self._count += 1
-        if self._count > _MOST_LAYOUTS:
-            self._all_layouts, self._count = {}, 0
-            self._surround(None, self._surroundings[1])
+    def _layout(self, derived: tuple[str, ...], recorded: Signature) -> Layout:
+        """Returns the layout of a step; it is compiled once for all steps that have the same names."""
         context, probed, _, layouts = self._surroundings
-        layout = Layout(derived, tuple(context), tuple(probed), recorded.names)
-        layouts.setdefault(recorded, {})[derived] = layout
+        layout = layouts.get((recorded, derived))
+        if layout is None:
+            self._count += 1
+            if self._count > _MOST_LAYOUTS:
+                self._all_layouts, self._count = {}, 0
+                self._surround(None, self._surroundings[1])
+                layouts = self._surroundings[3]
+            layouts[recorded, derived] = layout = Layout(derived, tuple(context), tuple(probed), recorded.names)
+        recorded.layouts, recorded.layout = layouts, layout
         return layout
 
     def _stepped(self, table: SeedTable, retired: Sequence[str]) -> _SeedsChange:

@@ -49,6 +49,7 @@ _KNOWN_AFTERWARDS = (
 
 
 _NOBODY: Sequence[str] = ()
+_NUMBERS = frozenset({float, int, bool})
 
 
 class Recorder:
@@ -190,14 +191,18 @@ class Recorder:
             raise WrongState("record_step() inside an open step: use now.put() there")
         if epoch.__class__ is not int or not 0 <= epoch <= UINT32_MAX:
             epoch = whole("epoch", epoch, UINT32_MAX)
-        # Most steps have the names of the one before, and floats.
+        # Most steps have the names of the one before, and numbers of Python's, whose sum is a float if one of them is.
+        # A value of another kind makes it something else, or raises an exception.
         recorded, held = self._recorded, None
+        numbers: tuple[float, ...] = ()
         is_usual = values.__class__ is dict and len(values) == recorded.count
         try:
-            numbers = recorded.numbers_of(values) if is_usual else ()
-        except KeyError:
+            if is_usual:
+                numbers = recorded.numbers_of(values)
+                is_usual = sum(numbers).__class__ is float
+        except Exception:  # noqa: BLE001 - a value may be anything
             is_usual = False
-        if not is_usual or [*map(type, numbers)] != recorded.floats:
+        if not is_usual:
             recorded, numbers, held = self._converted(values)
         if global_step is not None:
             global_step = whole("global_step", global_step, UINT64_MAX)
@@ -206,7 +211,8 @@ class Recorder:
             if work is not None or self.next_step.is_anything:
                 waited_ms, rows, retired = self.next_step.take()
                 table = rows or NO_SEEDS
-                recorded, numbers = self._timed(recorded, numbers, waited_ms, work)
+                if waited_ms is not None or work is not None:
+                    recorded, numbers = self._timed(recorded, numbers, waited_ms, work)
                 if self.phases.follows_steps:
                     given = recorded.dict_of(numbers)
                     self.phases.step_recorded(given.get("input_wait_ms"), given.get("step_latency_ms"))
@@ -228,12 +234,15 @@ class Recorder:
             values = self.names.resolved(values)
         # Counting compares classes by identity, without hashing them.
         held = None
-        if [*map(type, values.values())].count(float) != len(values):
+        if [*map(type, values.values())].count(float) == len(values):
+            self._recorded = recorded = self.publisher.signatures.of(tuple(values))
+        else:
+            is_quick = _NUMBERS.issuperset(map(type, values.values()))
             values, tensors = read(values)
             held = self._held_of(tensors)
-        recorded = self.publisher.signatures.of(tuple(values))
-        if held is None:
-            self._recorded = recorded
+            recorded = self.publisher.signatures.of(tuple(values))
+            if is_quick:
+                self._recorded = recorded
         return recorded, tuple(values.values()), held
 
     def _timed(

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Set
 from operator import itemgetter
 
+from esper_otel.frames.layout import Layout
+
+NO_LAYOUT = Layout((), (), (), ())
+
 # A script that makes names up in every step has others each time.
 _MOST_KNOWN = 4_000
 
@@ -15,25 +19,27 @@ class Signature:
     Attributes:
         names: the names.
         count: how many there are.
-        floats: the types of values that need no conversion.
         loss: the place of the loss; -1 if there is none.
         norm: the place of the gradient norm; -1 if there is none.
         numbers_of: returns the values of a dict with these names, in this order; raises KeyError if it lacks one.
         kept: the signature without names that are left out; None if there are none.
         kept_of: returns the numbers without those of these names.
+        layout: that of the last step with this signature.
+        layouts: the layouts among which it was found.
     """
 
-    __slots__ = ("count", "floats", "kept", "kept_of", "loss", "names", "norm", "numbers_of")
+    __slots__ = ("count", "kept", "kept_of", "layout", "layouts", "loss", "names", "norm", "numbers_of")
 
     def __init__(self, names: tuple[str, ...], kept: Signature | None = None) -> None:
         self.names: tuple[str, ...] = names
         self.count: int = len(names)
-        self.floats: list[type] = [float] * len(names)
         self.loss: int = names.index("loss") if "loss" in names else -1
         self.norm: int = names.index("gradient_norm") if "gradient_norm" in names else -1
         self.numbers_of: Callable[[Mapping[str, float]], tuple[float, ...]] = (
             itemgetter(*names) if len(names) > 1 else lambda values: tuple(values[name] for name in names)
         )
+        self.layout: Layout = NO_LAYOUT
+        self.layouts: object = None
         self.kept: Signature | None = kept
         places = [] if kept is None else [names.index(name) for name in kept.names]
         self.kept_of: Callable[[tuple[float, ...]], tuple[float, ...]] = (

@@ -100,10 +100,10 @@ class Delivery:
             return True
         where += _runs_of(line.body, self._endpoint.signal)
         outcome, pause_s = self._exchanged(line.body), _FIRST_PAUSE_S
-        has_no_logs = outcome.is_missing and self._endpoint.signal == "logs"
-        while outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED} and not has_no_logs:
+        while outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED}:
             pause_s = outcome.retry_after_s or pause_s
-            if time.monotonic() + pause_s > self._deadline_s:
+            has_no_logs = outcome.is_missing and self._endpoint.signal == "logs"  # which may be so for ever
+            if has_no_logs or time.monotonic() + pause_s > self._deadline_s:
                 logger.warning("%s", outcome.reason)
                 return False
             self._warnings.say("send", "%s; trying again", outcome.reason)
@@ -189,7 +189,7 @@ def send_spool(
         idle_ns=lambda _: None,
         fault=fault,
         warnings=warnings,
-        leftovers=lambda: leftovers,
+        leftovers=lambda are_all: () if are_all else leftovers,
         events=events,
     )
     exporter.start()

@@ -9,7 +9,8 @@ from typing import TypeVar
 from esper_otel.errors import ConfigurationError, EsperOtelError
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.file_sender import file_endpoint
-from esper_otel.export.provider import Exporters, events_exporter, exporters_for
+from esper_otel.export.opening import shortest_period_s
+from esper_otel.export.provider import EventsExporter, Exporters, check_readers, events_exporter, exporters_for
 from esper_otel.export.transport import open_sender
 from esper_otel.export.variables import warn as ignored
 from esper_otel.leyline.risk import configured
@@ -37,9 +38,12 @@ def _checked_endpoint(settings: EsperSettings) -> Endpoint | None:
     configured(settings.risk_thresholds)
     exporters = exporters_for(has_provider=False, export_steps=None)
     endpoint = endpoint_for(settings, exporters)
+    events = events_exporter()
+    check_readers(exporters.readers)
     if endpoint is not None:
+        shortest_period_s(settings)
         open_sender(endpoint, settings.token_file).close()
-        logs_endpoint_for(settings)
+        logs_endpoint_for(settings, events)
     return endpoint
 
 
@@ -52,9 +56,8 @@ def endpoint_for(settings: EsperSettings, exporters: Exporters) -> Endpoint | No
     return endpoint_from_environment(protocol=exporters.protocol)
 
 
-def logs_endpoint_for(settings: EsperSettings) -> Endpoint | None:
+def logs_endpoint_for(settings: EsperSettings, exporter: EventsExporter) -> Endpoint | None:
     """Returns where events are sent, or the directory that they are written to; None if they are not."""
-    exporter = events_exporter()
     if not exporter.is_on:
         return None
     if settings.export_file is not None:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping
 
 from esper_otel.errors import ConfigurationError, InvalidName, InvalidValue
-from esper_otel.session import mpi
+from esper_otel.session.mpi import launch as launch_of_mpi
+from esper_otel.session.mpi import variables as variables_of_mpi
 
 _MAX_BYTES = 256
 _MOST_ATTEMPT = 2**63
@@ -42,7 +43,7 @@ def variables_of_launcher(environ: Mapping[str, str]) -> tuple[str, str]:
 
     Where ``mpirun`` starts its own servers by ``srun``, Slurm numbers these and not the ranks.
     """
-    of_mpi = mpi.variables(environ)
+    of_mpi = variables_of_mpi(environ)
     if of_mpi is not None:
         return of_mpi.rank, of_mpi.size
     return _OF_SLURM if _is_slurm_task(environ) else ("", "")
@@ -50,7 +51,7 @@ def variables_of_launcher(environ: Mapping[str, str]) -> tuple[str, str]:
 
 def launch_number(environ: Mapping[str, str]) -> int | None:
     """Returns a number that the ranks of one launch share and that grows with each; None if there is none."""
-    of_mpi = mpi.variables(environ)
+    of_mpi = variables_of_mpi(environ)
     if of_mpi is None:
         return _slurm_launch(environ)
     rank, size = environ[of_mpi.rank], environ[of_mpi.size]
@@ -60,13 +61,13 @@ def launch_number(environ: Mapping[str, str]) -> int | None:
         environ.get(name, "") not in {"", value} for name, value in (("RANK", rank), ("WORLD_SIZE", size))
     ):
         return None  # something that mpirun started has started several ranks
-    launch = mpi.launch(environ)
+    launch = launch_of_mpi(environ)
     return None if launch is None else launch.time_ms
 
 
 def run_id_of_mpi(number: int, environ: Mapping[str, str]) -> str | None:
     """Returns the id that all ranks generate that ``mpirun`` started on one host; None for others."""
-    launch = mpi.launch(environ) if launch_number(environ) else None
+    launch = launch_of_mpi(environ) if launch_number(environ) else None
     if launch is None:
         return None
     digest = hashlib.sha256(f"{launch.time_ms}-{launch.pid}-{number}".encode()).hexdigest()

@@ -16,6 +16,7 @@ from typing import Any
 _NOISE = frozenset({"CACHE", "PRECALL", "PUSH_NULL", "RESUME", "NOP", "NOT_TAKEN"})
 _LOADS = frozenset({"LOAD_NAME", "LOAD_GLOBAL"})
 _RAISE = "RAISE_VARARGS"
+_BITS = 64
 _MOST = 32  # instructions between the call of the main function and the raise
 
 
@@ -48,10 +49,16 @@ def status_raised(module: FrameType) -> int | None:
 
 
 def status_of(given: object) -> int:
-    """Returns the exit status of the process for the argument of ``sys.exit`` or ``SystemExit``."""
+    """Returns the exit status of the process for the argument of ``sys.exit`` or ``SystemExit``.
+
+    Of a whole number, the system keeps the last byte; Python exits with -1 in place of one of more than 64 bits.
+    """
     if given is None:
         return 0
-    return given & 0xFF if isinstance(given, int) else 1
+    if not isinstance(given, int):
+        return 1
+    number = int.__add__(given, 0)  # a class of the user's may compare otherwise
+    return (number if -(2 ** (_BITS - 1)) <= number < 2 ** (_BITS - 1) else -1) & 0xFF
 
 
 def _is_exit(module: FrameType, loaded: list[tuple[str, Any]]) -> bool:

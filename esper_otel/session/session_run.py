@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -49,13 +50,23 @@ class SessionRun:
         self, settings: EsperSettings, identity: Mapping[str, Any], warnings: Warnings, *, has_readers: bool
     ) -> None:
         self._warnings = warnings
-        self.first, self._agreement = _identified_or_spared(settings, identity)
+        first, self._agreement = _identified_or_spared(settings, identity)
+        self.first: Run = first
         self._late_rank = LateRank(identity, settings, warnings, has_readers=has_readers)
 
     @property
     def lacks_run_id(self) -> bool:
         """Whether the ranks have not agreed on the run id yet."""
         return self._agreement is not None and self._agreement.lacks_run_id
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the run will not be another one at the first step.
+
+        A process that ``multiprocessing`` has started may be a rank, which is named at the first step only.
+        """
+        module = sys.modules.get("multiprocessing.process")
+        return self._agreement is None and (module is None or module.parent_process() is None)
 
     def note_readers(self) -> None:
         """Notes that there are readers, which learn of the run at the start.

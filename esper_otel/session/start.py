@@ -25,7 +25,7 @@ from esper_otel.export.endpoint import Endpoint
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.instruments import Instruments, instruments_of
 from esper_otel.export.opening import EventWiring, open_exporter, token_for
-from esper_otel.export.provider import Exporters, OwnProvider, exporters_for
+from esper_otel.export.provider import Exporters, OwnProvider, events_exporter, exporters_for
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
 from esper_otel.frames.black_box import BlackBox
@@ -176,6 +176,7 @@ class _Session:
         self._black_box = self._opened_black_box(settings, names)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder(settings)
+        self._lacks_events = False
         self._events = self._opened_events(settings, endpoint)
         attributes = self._resource_of(run).attributes
         self._counts = SessionCounts(
@@ -247,12 +248,12 @@ class _Session:
 
     def _opened_events(self, settings: EsperSettings, endpoint: Endpoint | None) -> EventNotes | None:
         """Returns what notes events; None if they are not sent."""
-        if endpoint is None:
-            return None
 
         def opened() -> EventNotes | None:
-            logs = logs_endpoint_for(settings)
-            if logs is None:
+            exporter = events_exporter()  # also where nothing is sent, since it reports names that nobody has
+            self._lacks_events = exporter.is_on and endpoint is None
+            logs = None if endpoint is None else logs_endpoint_for(settings, exporter)
+            if logs is None or endpoint is None:
                 return None
             sender = open_sender(logs, token_for(logs, endpoint, settings.token_file))
             return EventNotes(self._recorder, self._mistakes, logs, sender)
@@ -323,6 +324,7 @@ class _Session:
             warnings=self._warnings,
             events=None if self._events is None else self._event_wiring(self._events),
             device=self.device_points,
+            is_certain=self._run.is_certain,
         )
         publisher.published = exporter.published()
         return exporter
@@ -349,7 +351,7 @@ class _Session:
         name = "its ranks agree on the run id at the first step" if self._run.lacks_run_id else f"run {run.run_id}"
         parts = [name, f"rank {run.rank} of {run.world_size}"]
         parts.append(
-            f"steps are not sent ({off})"
+            f"steps are not sent ({off})" + ", so events are not either" * self._lacks_events
             if endpoint is None
             else f"writing every step to files in {endpoint.target}"
             if endpoint.protocol == "file"

@@ -19,6 +19,7 @@ from esper_otel.record.recorder import Recorder
 from esper_otel.record.step import Step
 from esper_otel.record.values import UINT32_MAX, UINT64_MAX, whole
 from esper_otel.record.work import work_of
+from esper_otel.session.raised import status_of
 
 if TYPE_CHECKING:
     from esper_otel.record.values import Scalar
@@ -35,9 +36,8 @@ def outcome_of(kind: type[BaseException] | None, error: BaseException | None) ->
     """Returns the outcome of a run whose ``with`` block this exception ended; None for none or ``sys.exit(0)``."""
     if kind is None:
         return None
-    status = error.code if isinstance(error, SystemExit) else 1
-    is_fine = status is None or (isinstance(status, int) and not status & 0xFF)
-    return None if is_fine else kind.__name__
+    status = status_of(error.code) if isinstance(error, SystemExit) else 1
+    return kind.__name__ if status else None
 
 
 def check_results(names: Iterable[str]) -> None:

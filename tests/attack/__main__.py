@@ -4,7 +4,7 @@ For each attack a gateway with an empty store starts, with an honest trainer and
 HTTP. After it the gateway is killed with SIGKILL and started again on the same store. The exit status is 1 if a bound
 is broken: memory, an honest step lost or pulled twice, the delay of honest steps, the CPU time of one turn of the event
 loop, /healthz within a second, a restart that serves, or what an attack itself looks for. Delays are printed next to
-those without an attack, the first line. It ends by itself.
+those without an attack, the first line; SECURITY.md says why that of http2-floods is accepted. It ends by itself.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ def _row(
     target.hold(holds=peak_mib <= MOST_MIB, otherwise=f"more than {MOST_MIB} MiB")
     target.hold(holds=health_ms <= _HEALTH_MS, otherwise="/healthz did not answer within a second")
     p50, p99 = np.percentile(delays, [50, 99]).tolist()
-    target.hold(holds=p99 <= most_delay_ms, otherwise=f"honest steps came late: more than {most_delay_ms:.0f} ms")
+    is_in_time = attack.is_delay_accepted or p99 <= most_delay_ms
+    target.hold(holds=is_in_time, otherwise=f"honest steps came late: more than {most_delay_ms:.0f} ms")
     delays_ms = (p50, p99, float(delays.max()))
     return Row(attack.name, delays_ms, missing, twice, peak_mib, *took, health_ms, restart_s, tuple(target.faults))
 

@@ -169,5 +169,5 @@ ATTACKS = (
     ),
     Attack("unread-pulls", "1,000 pulls of whole pages whose answers are not read", _unread),
     Attack("long-polls", "1,100 long polls of one token", _long_polls),
-    Attack("http2-floods", "floods of calls taken back, PING and SETTINGS", _floods),
+    Attack("http2-floods", "floods of calls taken back, PING and SETTINGS", _floods, is_delay_accepted=True),
 )

@@ -349,6 +349,7 @@ class Attack:
         after: looks at the gateway that was started again.
         has_tls: whether the gateway speaks TLS.
         has_pull_tokens: whether pullers need a token.
+        is_delay_accepted: whether honest steps may be late meanwhile, as SECURITY.md says.
     """
 
     name: str
@@ -359,3 +360,4 @@ class Attack:
     after: Callable[[Target], None] | None = None
     has_tls: bool = False
     has_pull_tokens: bool = True
+    is_delay_accepted: bool = False

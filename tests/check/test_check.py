@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from endpoints import expired_pair
 from frame_examples import make_frame, seed_table
 from gateways import RunningGateway
 from grpc import StatusCode
+from log_receiver import receiver
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsPartialSuccess,
     ExportMetricsServiceResponse,
@@ -356,7 +358,7 @@ def test_what_a_check_sends_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "esper_gateway_runs 0" in page
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_check_that_is_interrupted_ends_its_run(number: signal.Signals) -> None:
     """As by ``timeout``: else its series look alive for minutes."""
     with MemoryCollector() as collector:
@@ -372,6 +374,80 @@ def test_a_check_that_is_interrupted_ends_its_run(number: signal.Signals) -> Non
         checking.communicate()
         assert checking.returncode == 128 + number
         assert ranks("esper.run.ended") == {0, 1}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_events_are_sent_where_a_run_would_send_them(protocol: str) -> None:
+    """An endpoint of logs that takes them, one that has no logs, and one that refuses the credentials."""
+    logs_on = {"OTEL_LOGS_EXPORTER": "otlp"}
+    with MemoryCollector() as collector, receiver(protocol) as logs:
+        to_logs = {**at(collector, protocol), **logs_on, f"{E}LOGS_ENDPOINT": logs.endpoint}
+        result = run_check(environ=to_logs)
+        assert (result.stages[-1].name, result.ok) == ("events", True)
+        [started, ended] = logs.records
+        assert (started.event_name, ended.event_name) == ("esper.run.started", "esper.run.ended")
+        name, words = fault(run_check(environ={**at(collector, protocol), **logs_on}))
+        assert name == "events"
+        assert "takes no OTLP logs" in words
+        assert "OTEL_LOGS_EXPORTER=none" in words
+        logs.answer = lambda _: StatusCode.UNAUTHENTICATED if protocol == "grpc" else 401
+        name, words = fault(run_check(environ=to_logs))
+        assert (name, "credentials" in words) == ("events", True)
+        name, words = fault(run_check(environ={**to_logs, f"{E}LOGS_PROTOCOL": "thrift"}))
+        assert (name, f"{E}LOGS_PROTOCOL" in words) == ("settings", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("ESPER_PARALLEL", "dp:3", "is not like dp=3,tp=0"),
+        ("ESPER_RUN_ATTEMPT", "first", "is not a whole number"),
+        ("ESPER_RUN_ID", " ", "run_id is empty"),
+        ("ESPER_SPOOLDIR", "/tmp", "did you mean ESPER_SPOOL_DIR"),
+    ],
+)
+def test_what_a_start_refuses_or_ignores_of_our_variables_is_a_fault(
+    name: str, text: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, text)
+    with MemoryCollector() as collector:
+        stage, said = fault(run_check(environ={**os.environ, **at(collector, "grpc")}))
+        assert not collector.requests
+    assert stage == "settings"
+    assert words in said
+
+
+def test_the_spool_is_looked_at_and_nothing_is_left_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MemoryCollector() as collector:
+        environ = at(collector, "grpc")
+        for path in (tmp_path, tmp_path / "new" / "spool"):
+            monkeypatch.setenv("ESPER_SPOOL_DIR", str(path))
+            assert ("spool", True) in stages_of(run_check(environ=environ))
+            assert list(tmp_path.iterdir()) == []
+        (tmp_path / "taken").touch()
+        monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path / "taken" / "below"))
+        name, words = fault(run_check(environ=environ))
+        assert (name, "Not a directory" in words, "ESPER_SPOOL_DIR" in words) == ("spool", True, True)
+        monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1024))
+        name, words = fault(run_check(environ=environ))
+        assert (name, "make room" in words) == ("spool", True)
+
+
+def test_a_check_that_is_interrupted_amid_its_frame_ends_its_run() -> None:
+    """The endpoint may have taken the frame, although it has not answered yet."""
+    over = threading.Event()
+    with MemoryCollector(answer=lambda _: over.wait(60) and None) as collector:
+        environ = {**os.environ, **at(collector, "grpc", TIMEOUT="60")}
+        checking = warm.started("-m", "esper_otel", "check", env=environ, imported=warm.PACKAGE)
+        assert collector.wait_for(lambda each: each.attempts == 1, 60)
+        checking.send_signal(signal.SIGTERM)
+        assert collector.wait_for(lambda each: each.attempts > 1, 60)
+        over.set()
+        checking.communicate()
+        assert checking.returncode == 128 + signal.SIGTERM
+        assert collector.wait_for(lambda each: any(point.name == "esper.run.ended" for point in each.points()), 60)
 
 
 # -- files instead of an endpoint --------------------------------------------------------------------------

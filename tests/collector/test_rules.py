@@ -254,13 +254,16 @@ SERIES_OF_PIPELINE = {
 }
 
 
+OF_EVENTS = 'otelcol_exporter_send_failed_log_records_total{exporter="kafka/esper_events"}'
+
+
 def test_each_alert_of_the_pipeline_fires(tmp_path: Path) -> None:
     """And is silent while its counter stands still."""
     assert set(SERIES_OF_PIPELINE) == {alert.name for alert in PIPELINE}
     capacity = {"series": 'otelcol_exporter_queue_capacity{exporter="otlp_grpc/tier"}', "values": "1000+0x360"}
     still = [{"series": series, "values": "0+0x360"} for series in SERIES_OF_PIPELINE.values()]
     tests = [expecting(Case({}, "30m", set()), OURS, [*still, capacity])]
-    for name, series in SERIES_OF_PIPELINE.items():
+    for name, series in [*SERIES_OF_PIPELINE.items(), ("EsperCollectorDropping", OF_EVENTS)]:
         rising = {"series": series, "values": "0+500x360"}
         tests.append(expecting(Case({}, "30m", {name}), OURS, [rising, capacity]))
     run(OURS, tmp_path, tests)

@@ -148,7 +148,7 @@ def step(sessions: list[Telemetry], runs: dict[str, list[int]], seconds: float) 
             with telemetry.step(epoch=0) as now:
                 now.put(loss=float(len(times)))
             times.append(now.time_unix_ns // 10**6)
-        time.sleep(0.01)
+        time.sleep(0.04)
 
 
 def test_each_run_is_at_one_gateway_and_moves_when_that_is_killed(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from opentelemetry.sdk.resources import Resource
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.endpoint import endpoint_from_environment
-from esper_otel.export.opening import _every_s
+from esper_otel.export.opening import shortest_period_s
 from esper_otel.export.provider import exporters_from_environment
 from esper_otel.export.resource import resource_for
 from esper_otel.frames.frame import Run
@@ -149,7 +149,7 @@ READINGS = [
     Reading(
         "OTEL_METRIC_EXPORT_INTERVAL",
         NUMBERS,
-        lambda: _every_s(EsperSettings()) * 1e3,
+        lambda: shortest_period_s(EsperSettings()) * 1e3,
         lambda: reader()._export_interval_millis,
     ),
     Reading(

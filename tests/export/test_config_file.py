@@ -16,7 +16,7 @@ import esper_otel
 from esper_otel import ConfigurationError, EsperSettings
 from esper_otel.export.config_file import configured, configured_resource
 from esper_otel.export.endpoint import endpoint_from_environment
-from esper_otel.export.opening import _every_s
+from esper_otel.export.opening import shortest_period_s
 from esper_otel.export.provider import events_exporter, exporters_from_environment
 from esper_otel.testing import MemoryCollector
 
@@ -98,7 +98,7 @@ def test_it_means_what_it_means_to_the_sdk(named: Any, kind: str) -> None:
         assert official._endpoint in {ours.address, f"{ours.address}/path"}
         assert ours.timeout_s == client._timeout
         assert dict(ours.headers).items() <= dict(client._headers).items()
-        assert _every_s(EsperSettings()) * 1e3 == reader._export_interval_millis
+        assert shortest_period_s(EsperSettings()) * 1e3 == reader._export_interval_millis
     finally:
         provider.shutdown()
 
@@ -226,7 +226,7 @@ def test_the_sdks_interval_counts_where_ours_is_not_given(
     for name, text in environ.items():
         monkeypatch.setenv(name, text)
     settings: Any = EsperSettings
-    assert _every_s(settings(**given)) == every_s
+    assert shortest_period_s(settings(**given)) == every_s
 
 
 def test_an_exporter_of_logs_that_nobody_has_is_named() -> None:

@@ -17,11 +17,13 @@ import warm
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 
 import esper_otel
+from esper_otel.check.one_frame import run_check
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.provider import OwnProvider, exporters_from_environment
 from esper_otel.export.resource import resource_for
 from esper_otel.frames.frame import Run
+from esper_otel.session.environment import check_environment
 from esper_otel.testing import MemoryCollector
 
 EXPORTER, E, M = "OTEL_METRICS_EXPORTER", "OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_OTLP_METRICS_"
@@ -252,6 +254,38 @@ def test_run_warns_as_start_does_and_goes_on(tmp_path: Path) -> None:
     first, second, *_ = done.stderr.splitlines()  # then that nothing listens
     assert first.startswith("esper_otel setting ignored: OTEL_EXPORTER_OTLP_PROTOCOL='thrift'")
     assert second.startswith("esper_otel setting ignored: OTEL_EXPORTER_OTLP_TIMEOUT='0'")
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {INTERVAL: "-1"},
+        {EXPORTER: "console", INTERVAL: "x", TIMEOUT: "0"},
+        {EXPORTER: "otlp,console", INTERVAL: "nan"},
+        {EXPORTER: "prometheus", "OTEL_EXPORTER_PROMETHEUS_PORT": "70000"},
+        {EXPORTER: "none,otlp", "OTEL_LOGS_EXPORTER": "oltp"},
+        {EXPORTER: "none", "OTEL_LOGS_EXPORTER": "oltp"},
+        {"OTEL_SDK_DISABLED": "1"},
+    ],
+    ids=str,
+)
+def test_run_and_check_say_all_that_start_says(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also of numbers that are needed only once a session is there."""
+    for name, text in environ.items():
+        monkeypatch.setenv(name, text)
+
+    def ignored() -> set[str]:
+        said = {each for record in caplog.records if "setting ignored" in (each := record.getMessage())}
+        caplog.clear()
+        return said
+
+    esper_otel.start(run_id="run").close(timeout_s=0.0)
+    by_start = ignored()
+    check_environment()
+    assert ignored() == by_start != set()
+    assert run_check(environ=environ).stages[0].ok is False
 
 
 def test_run_refuses_what_start_refuses(tmp_path: Path) -> None:

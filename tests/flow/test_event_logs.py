@@ -21,6 +21,7 @@ from esper_otel import EsperSettings
 from esper_otel.events.happenings import checkpoint, run_ended
 from esper_otel.frames.event_log import EventLog
 from esper_otel.schema import Stage
+from esper_otel.session.environment import check_environment
 from esper_otel.testing import MemoryCollector
 from esper_otel.testing.received import points_of
 
@@ -161,6 +162,32 @@ def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
             assert logs.records == []
 
 
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "oltp"}, "no exporter is called 'oltp'"),
+        ({"OTEL_METRICS_EXPORTER": "console", "OTEL_LOGS_EXPORTER": "otlp"}, "so events are not either"),
+        ({"OTEL_SDK_DISABLED": "true", "OTEL_LOGS_EXPORTER": "oltp"}, ""),
+        ({"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}, ""),
+    ],
+)
+def test_where_no_steps_are_sent_it_is_said_that_events_are_not(
+    environ: dict[str, str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name, text in environ.items():
+        monkeypatch.setenv(name, text)
+    esper_otel.start(run_id="e").close()
+    said = caplog.text + capsys.readouterr().err
+    assert (words in said) if words else ("event" not in said)
+    caplog.clear()
+    check_environment()
+    assert ("'oltp'" in caplog.text) == ("'oltp'" in words), "esper-otel run says the same"
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS[:2])
 def test_an_endpoint_without_logs_says_so_once_and_steps_go_on(
     protocol: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -168,9 +195,13 @@ def test_an_endpoint_without_logs_says_so_once_and_steps_go_on(
     """404 over HTTP, UNIMPLEMENTED over gRPC: what a receiver of metrics answers. It is no warning."""
     with MemoryCollector() as collector:
         use(monkeypatch, collector, protocol)
-        with esper_otel.start(run_id="events", settings=fast()) as telemetry:
-            train(telemetry)
-            telemetry.record_step({"loss": 1.0}, epoch=2)
+        telemetry = esper_otel.start(run_id="events", settings=fast())
+        train(telemetry)
+        telemetry.record_step({"loss": 1.0}, epoch=2)
+        assert collector.wait_for(lambda each: each.frames_received == 14)
+        began_s = time.monotonic()
+        telemetry.close()
+        assert time.monotonic() - began_s < 2.0, "closing does not wait for what has never been there"
         counts: Any = telemetry._wiring.counts()  # type: ignore[attr-defined]
         assert collector.frames_received == 14
     assert counts["esper.events.dropped", "the endpoint has no logs"] == 7
@@ -179,6 +210,43 @@ def test_an_endpoint_without_logs_says_so_once_and_steps_go_on(
     said = capsys.readouterr().err
     assert said.count("takes no OTLP logs") == 1
     assert "dropped 0, events dropped 7 (the endpoint has no logs: 7)" in said
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS[:2])
+def test_a_proxy_whose_server_is_away_for_a_while_costs_no_event(
+    protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ingress answers 404, or UNIMPLEMENTED, while what stands after it is exchanged: at first, and once more."""
+    missing = grpc.StatusCode.UNIMPLEMENTED if protocol == "grpc" else 404
+    answers = [missing, missing]
+    monkeypatch.setattr("esper_otel.export.outcome._FIRST_PAUSE_S", 0.05)
+    with endpoints(monkeypatch, protocol) as (_, logs):
+        logs.answer = lambda _: answers.pop() if answers else 200
+        with esper_otel.start(run_id="events", settings=fast()) as telemetry:
+            train(telemetry)
+            assert logs.wait_for(lambda each: len(each.records) == 6)
+            answers += [missing, missing]
+            with telemetry.phase("checkpoint"):
+                pass
+        assert numbers(logs) == [*range(1, 9)]
+    assert telemetry.health()["events_dropped"] == 0
+
+
+def test_in_a_spool_events_wait_one_session_for_an_endpoint_without_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer, folders without end would pile up at a receiver that has none."""
+    with endpoints(monkeypatch) as (_, logs):
+        logs.answer = lambda _: 404
+        for number in range(3):
+            with esper_otel.start(run_id=f"run-{number}", settings=fast(spool_dir=tmp_path)) as telemetry:
+                telemetry.record_step({"loss": 1.0}, epoch=0)
+            assert telemetry.health()["events_dropped"] == (2 if number else 0)
+            assert len(list(tmp_path.iterdir())) == 1
+        logs.answer = lambda _: 200
+        with esper_otel.start(run_id="next", settings=fast(spool_dir=tmp_path)):
+            assert logs.wait_for(lambda each: len(of_run(each, "run-2")) == 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_hanging_endpoint_of_logs_holds_up_neither_steps_nor_close(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,36 @@ def test_a_killed_trainers_steps_are_sent_by_the_next_start(nowhere: Path, colle
     assert pid != os.getpid()
 
 
+def test_what_a_rank_left_goes_before_its_own_new_steps(
+    nowhere: Path, collector: MemoryCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of a host share a spool. If the first that is started again sent what all have left, that would reach a
+    backend after what the others record meanwhile, and one that keeps series in order would refuse it. What nobody's
+    rank has left is sent after a while.
+    """
+    ranks = {"WORLD_SIZE": "3", "ESPER_RUN_ATTEMPT": "1"}
+    for rank in range(3):
+        trained("job", 5, KILL, RANK=str(rank), **ranks)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.http_endpoint)
+    monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "0.05")
+
+    def sent(attempt: str) -> list[int]:
+        found = {
+            point.resource["esper.rank"]: None
+            for point in collector.points()
+            if point.name == "loss" and str(point.resource["esper.run.attempt"]) == attempt
+        }
+        return list(found)
+
+    for rank in (1, 0):
+        esper_otel.start(run_id="job", rank=rank, world_size=3).close()
+        assert sent("1") == ([1] if rank else [1, 0])
+    monkeypatch.setattr("esper_otel.export.exporter._OTHERS_AFTER_S", 0.1)
+    with esper_otel.start(run_id="job", rank=0, world_size=3):
+        assert collector.wait_for(lambda _: sent("1") == [1, 0, 2], 60)
+    assert list(nowhere.iterdir()) == []
+
+
 def test_the_series_of_a_killed_run_end(nowhere: Path, collector: MemoryCollector) -> None:
     """Dashboards must not show a dead run for another five minutes; a seed that was back at once goes on till then."""
     recorded = trained("killed", 10, KILL)

@@ -349,6 +349,65 @@ def a_batch_ahead(run: Run) -> None:
             run.step(batch)
 
 
+class Prefetcher:
+    """As apex's data_prefetcher: a class that requests a batch ahead."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.batches = iter(loader)
+        self.preload()
+
+    def preload(self) -> None:
+        self.following = next(self.batches, None)
+
+    def next(self) -> Any:
+        batch = self.following
+        self.preload()
+        return batch
+
+
+@case
+def a_batch_ahead_by_a_class(run: Run) -> None:
+    loader = run.watch(loader_of())
+    for _ in range(2):
+        prefetcher = Prefetcher(loader)
+        while (batch := prefetcher.next()) is not None:
+            run.step(batch)
+    run.expected[0] = 8  # of the two that were requested before; then it is known that one of them was not for it
+
+
+@case
+def pairs(run: Run) -> None:
+    """Two batches of each step, by a generator."""
+    loader = run.watch(loader_of())
+
+    def paired() -> Iterator[Any]:
+        batches = iter(loader)
+        for first in batches:
+            yield first, next(batches)
+
+    for _ in range(2):
+        for first, second in paired():
+            run.step([torch.cat(parts) for parts in zip(first, second, strict=True)])
+    run.expected[0] = 4  # it could have been a batch ahead
+
+
+@case
+def the_next_batch_before_the_step(run: Run) -> None:
+    """As nanoGPT: while the model computes, before the backward pass."""
+    loader = run.watch(loader_of())
+    for _ in range(2):
+        batches = iter(loader)
+        batch = next(batches)
+        while batch is not None:
+            loss: Any = torch.nn.functional.cross_entropy(run.model(batch[0]), batch[1])
+            following = next(batches, None)
+            run.optimizer.zero_grad()
+            loss.backward()
+            run.optimizer.step()
+            run.expected.append(len(batch[0]))
+            batch = following
+
+
 @case
 def in_another_thread(run: Run) -> None:
     loader = run.watch(loader_of())

@@ -25,6 +25,7 @@ TWINS = Path(__file__).parent / "loader_twins.py"
 # Those whose loaders are PyTorch's: others are not followed by `esper-otel run`.
 OF_DATA_LOADERS = (
     *("samplers", "random_numbers", "workers", "looks", "broken_off", "streams", "a_batch_ahead"),
+    *("a_batch_ahead_by_a_class", "pairs", "the_next_batch_before_the_step"),
     *("in_another_thread", "a_generator_that_trains", "accelerates", "accelerates_streams", "accelerates_before"),
 )
 

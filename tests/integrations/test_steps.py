@@ -55,6 +55,51 @@ def test_put_is_the_mean_over_micro_batches_by_their_samples() -> None:
     assert [row["loss"] for row in rows(watched)] == [pytest.approx(0.25)]
 
 
+@pytest.mark.parametrize("is_scaled", [False, True])
+@pytest.mark.parametrize("clears_first", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_put_before_the_next_batch_is_requested_ahead_of_the_step(
+    micro_batches: int, *, clears_first: bool, is_scaled: bool
+) -> None:
+    """As nanoGPT: forward, the next batch, backward. No step is taken to be skipped, and no value is another step's."""
+    model, optimizer = setting()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=is_scaled)
+    watched = esper_otel.watch(model, optimizer, loader(2))
+    batches = iter(watched)
+    (inputs,) = next(batches)
+    for number in range(8):
+        loss = model(inputs).square().sum() / micro_batches
+        watched.put(accuracy=number / 8)
+        (inputs,) = next(batches)
+        if clears_first and number % micro_batches == 0:
+            optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if number % micro_batches == micro_batches - 1:
+            scaler.step(optimizer)
+            scaler.update()
+            if not clears_first:
+                optimizer.zero_grad()
+    expected = [(number + (micro_batches - 1) / 2) / 8 for number in range(0, 8, micro_batches)]
+    assert [row["accuracy"] for row in rows(watched)] == expected
+    assert watched.telemetry.health()["failed"] == 0
+
+
+def test_a_step_at_the_top_of_the_loop_is_of_the_batches_before() -> None:
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, loader(4))
+    for number, (inputs,) in enumerate(watched):
+        if number in {2, 4}:
+            optimizer.step()
+            optimizer.zero_grad()
+        model(inputs).sum().backward()
+        watched.put(accuracy=number / 8)
+    optimizer.step()
+    found = rows(watched)
+    assert [row["accuracy"] for row in found] == [0.0625, 0.3125, 0.6875]
+    samples = [row["samples_per_s"] * (row["input_wait_ms"] + row["step_latency_ms"]) / 1e3 for row in found]
+    assert samples == pytest.approx([8, 8, 16])
+
+
 def test_a_skipped_step_is_a_failed_row_of_its_own() -> None:
     model, optimizer = setting()
     watched = esper_otel.watch(model, optimizer, loader())

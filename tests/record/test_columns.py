@@ -88,7 +88,7 @@ def test_ids_that_come_and_go_are_checked_and_forgotten() -> None:
         assert columns.table(ids, {}).ids == ("a", "b", f"new-{number}")
     assert len(columns._names) < 1_100
     assert {type(name) for name in columns.table(["a", np.str_("b")], {}).ids} == {str}
-    wrongs: tuple[Any, ...] = (["a", "\n"], ["a", 1], ["a", ["b"]], ["a", "b", "a"])
+    wrongs: list[Any] = [["a", "\n"], ["a", 1], ["a", ["b"]], ["a", "b", "a"]]
     for wrong in wrongs:
         with pytest.raises((InvalidName, InvalidValue)):
             columns.table(wrong, {})

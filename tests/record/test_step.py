@@ -353,6 +353,38 @@ def test_validation_stays_until_the_next_one(telemetry: Telemetry) -> None:
         telemetry.validation()
 
 
+_KINDS = st.sampled_from([float, int, bool, np.float64, np.float32, np.array, torch.tensor])
+
+
+@given(st.lists(st.tuples(_KINDS, _KINDS, st.integers(-(2**60), 2**60)), min_size=1, max_size=12), st.booleans())
+def test_a_number_means_the_same_whichever_kind_the_steps_before_had(
+    steps: list[tuple[Any, Any, int]], has_own: bool
+) -> None:
+    """Like a float of its value, also for what is derived from it."""
+    processors = [Doubled()] if has_own else []
+    with (
+        esper_otel.start(run_id="run", export_steps=False, processors=processors) as telemetry,
+        esper_otel.start(run_id="run", export_steps=False, processors=processors) as plainly,
+    ):
+        for of_loss, of_norm, number in steps:
+            given = {"loss": of_loss(number), "gradient_norm": of_norm(abs(number) % 100), "accuracy": 0.5}
+            telemetry.record_step(given, epoch=0)
+            plainly.record_step({name: float(value) for name, value in given.items()}, epoch=0)
+        found, expected = (each._recorder.publisher.ring.after(0, 100)[0] for each in (telemetry, plainly))
+        for one, other in zip(found, expected, strict=True):
+            assert (one.numbers, one.derived) == (other.numbers, other.derived)
+        assert telemetry.state_dict() == plainly.state_dict()
+
+
+@pytest.mark.parametrize("wrong", ["1.0", [1.0], 1j, object(), np.ones(2), {}])
+def test_what_is_no_number_is_refused_after_steps_with_numbers_too(telemetry: Telemetry, wrong: Any) -> None:
+    """The first look at a step is only whether its sum is a float."""
+    for _ in range(3):
+        telemetry.record_step({"loss": 1.0, "accuracy": 0.5}, epoch=0)
+        with pytest.raises(InvalidValue, match="accuracy"):
+            telemetry.record_step({"loss": 1.0, "accuracy": wrong}, epoch=0)
+
+
 @given(
     st.lists(st.sets(st.sampled_from(["loss", "gradient_norm", "input_wait_ms", "grad_var", "accuracy"])), max_size=12)
 )

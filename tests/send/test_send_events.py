@@ -90,13 +90,28 @@ def test_events_in_a_spool_are_delivered_with_its_steps(tmp_path: Path, logs: Lo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_endpoint_without_logs_refuses_the_events_and_takes_the_steps(
+def test_an_endpoint_without_logs_takes_the_steps_and_leaves_the_events_for_the_next_call(
     tmp_path: Path, logs: LogReceiver, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It may be a proxy whose server is away: what can be taken later is not refused for good."""
     with esper_otel.start(run_id="files", settings=EsperSettings(export_file=tmp_path)) as telemetry:
         telemetry.record_step({"loss": 1.0}, epoch=0)
     logs.answer = lambda _: 404
     assert main(["send", "--within", "30", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "/v1/logs, 2 refused for good" in said
+    assert "/v1/logs, the rest is for the next call" in said
     assert "1 requests delivered" in said
+    logs.answer = lambda _: 200
+    assert main(["send", "--within", "30", str(tmp_path)]) == 0
+    assert numbers(logs) == [1, 2]
+
+
+def test_a_spool_keeps_events_that_an_endpoint_without_logs_has_not_taken(tmp_path: Path, logs: LogReceiver) -> None:
+    logs.answer = lambda _: 404
+    environ = {**os.environ, "ESPER_SPOOL_DIR": str(tmp_path)}
+    warm.run("-c", TRAIN, env=environ, imported=warm.PACKAGE)
+    assert main(["send", "--within", "30", str(tmp_path)]) == 1
+    logs.answer = lambda _: 200
+    assert main(["send", "--within", "30", str(tmp_path)]) == 0
+    assert numbers(logs) == [1, 2, 3, 4]
+    assert list(tmp_path.iterdir()) == []

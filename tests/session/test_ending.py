@@ -10,11 +10,13 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import warm
 from patience import patience
 
+from esper_otel.session.raised import status_of
 from esper_otel.testing import MemoryCollector
 
 pytestmark = pytest.mark.own_code
@@ -56,6 +58,8 @@ LEFT = {
     "sys.exit()": (0, "completed"),
     "exit(0)": (0, "completed"),
     "sys.exit(256)": (0, "completed"),  # the status is a byte
+    "sys.exit(2**70)": (255, "SystemExit"),  # Python makes -1 of what has more than 64 bits
+    "with telemetry:\n    sys.exit(-(2**70))": (255, "SystemExit"),
     "def main():\n    sys.exit(0)\nmain()": (0, "completed"),
     "try:\n    sys.exit(3)\nexcept SystemExit:\n    pass": (0, "completed"),
     "with telemetry:\n    sys.exit(0)": (0, "completed"),
@@ -87,6 +91,34 @@ LEFT = {
     "class SystemExit(SystemExit):\n    code = 3\nraise SystemExit(0)": (3, "SystemExit"),
     "telemetry.close()\nassert sys.exit.__module__ == 'sys' and not hasattr(sys.exit, '__wrapped__')": (0, "completed"),
 }
+
+
+GIVEN = """
+class Odd(int):
+    __and__ = __index__ = __int__ = __eq__ = __lt__ = bit_length = lambda *_: 0
+GIVEN = [
+    *(None, 0, 1, 255, 256, -1, True, False, 2**31, -(2**31), 2**32, 2**63 - 1, -(2**63), 2**63, -(2**63) - 1, 2**64),
+    *(2**70, -(2**70), Odd(3), Odd(2**70), 0.0, "", "no", (), (0,), [], object(), ValueError(0)),
+]
+"""
+STATUSES = """
+import os, sys
+for given in GIVEN:
+    child = os.fork()
+    if not child:
+        sys.exit(given)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_the_status_is_what_python_makes_of_the_argument() -> None:
+    """Python itself says which: a number beyond a byte, or beyond 64 bits, and what is no number."""
+    found: dict[str, Any] = {}
+    exec(GIVEN, found)
+    done = subprocess.run(
+        [sys.executable, "-c", GIVEN + STATUSES], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert [status_of(given) for given in found["GIVEN"]] == [*map(int, done.stdout.split())]
 
 
 # A child for each case goes on in the main program: importing it all once is most of the time. What is frozen is not

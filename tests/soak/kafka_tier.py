@@ -37,6 +37,8 @@ from esper_otel import GatewayError, TamiyoClient  # noqa: E402
 
 CONFIGS = ("agent.yaml", "to-kafka.yaml", "to-kafka-plain.yaml")
 _TOGETHER = 50  # ranks in a request, as a node's collector sends them
+_STEPS = 60  # of each of 4,000 ranks: every allowance of memory is used up half-way
+_MOST_GROWTH = 1.15
 _SHARDS = 4  # pullers that share a large run
 _QUEUE = re.compile(r'^otelcol_exporter_queue_size\{[^}]*exporter="kafka/esper"[^}]*\} (\S+)', re.MULTILINE)
 
@@ -215,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=["outage", "ranks"])
     parser.add_argument("--seconds", type=float, default=600.0, help="how long the broker is away")
     parser.add_argument("--ranks", type=int, help="8 for the outage, 4000 otherwise")
-    parser.add_argument("--steps", type=int, default=60, help="of each rank")
+    parser.add_argument("--steps", type=int, default=_STEPS, help="of each rank")
     parser.add_argument("--every", type=float, help="seconds between steps: 0.2 for the outage, 10 otherwise")
     parser.add_argument("--kill", action="store_true", help="kill the collector half-way through the outage")
     parser.add_argument("--control", action="store_true", help="keep the collector's queue in memory: steps are lost")
@@ -240,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             expected, pulled, gap = many.expected, many.pulled, many.gap
             for name, (early, late) in (("member", many.member_mib), ("server", many.server_mib)):
                 print(f"{name}: {early:.0f} MiB half-way, {late:.0f} MiB at the end, {many.cpu[name]:.1f} CPU s")
+                failed.append(late > early * _MOST_GROWTH and options.steps >= _STEPS)
             print(f"{many.compared} of {ranks.ranks} ranks are compared")
             failed.append(many.compared != ranks.ranks)
         missing, again, disordered = differing(expected, pulled)

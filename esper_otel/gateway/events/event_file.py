@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sqlite3
 import time
@@ -35,10 +36,11 @@ CREATE UNIQUE INDEX IF NOT EXISTS events_by_number ON events (run, rank, attempt
 """
 _RUNS = "SELECT id, run, life, last, tenant, received FROM runs"
 _COUNTED = """
-SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*), max(position) FROM events GROUP BY 1, 2, 3
+SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*), max(position), max(time) FROM events
+GROUP BY 1, 2, 3
 """
 _ENDED = "SELECT run, rank, attempt, content FROM events WHERE content LIKE ?"
-_MOST_POSITION = 2**62
+_MOST_POSITION, _MOST_NUMBER = 2**62, 2**53
 _STRANGE = "it has rows that a gateway cannot have written"
 _AFTER = """
 SELECT position, rank, attempt, process, number, missed, time, content FROM events
@@ -51,6 +53,8 @@ WHERE run = ?1 AND rank = ?2 ORDER BY position DESC LIMIT ?3
 
 _LAST = 10**18  # a position that no event has
 _VALUES = frozenset({str, int, float, bool})
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which no message can carry
 
 # A rank and an attempt: whose events are numbered.
 _Numbered: TypeAlias = tuple[int, int]
@@ -96,14 +100,14 @@ class EventfulProcess(NamedTuple):
     Attributes:
         attempt: its attempt.
         rank: its rank.
-        received_s: when the newest event of its run arrived, in Unix seconds.
+        newest_unix_ns: when its newest event happened.
         ended: how it ended; None if no event says so.
         sender: who it is; None if it has sent no event since this gateway began.
     """
 
     attempt: int
     rank: int
-    received_s: float
+    newest_unix_ns: int
     ended: str | None
     sender: PointSender | None
 
@@ -131,9 +135,10 @@ class _EventfulRun:
         life: tells its events from those of an earlier file.
         last: the position of its newest event.
         tenant: whose share it uses.
-        received_s: when its newest event arrived, in Unix seconds.
+        received_s: when its newest event arrived, by the age of the store.
         count: how many events it has.
         numbers: of each rank and attempt, the highest number, and how many numbers there are.
+        newest: of each, the newest time of an event, in Unix nanoseconds.
         ended: of each that has said so, how it ended.
         senders: of each that has sent events since this gateway began, who it is.
     """
@@ -145,6 +150,7 @@ class _EventfulRun:
     received_s: float
     count: int = 0
     numbers: dict[_Numbered, tuple[int, int]] = field(default_factory=dict)
+    newest: dict[_Numbered, int] = field(default_factory=dict)
     ended: dict[_Numbered, str] = field(default_factory=dict)
     senders: dict[_Numbered, PointSender] = field(default_factory=dict)
 
@@ -156,7 +162,7 @@ class EventFile:
         folder: the folder of the store; None keeps everything in memory.
         limits: how many there may be.
         warnings: where damage is reported.
-        clock_s: Unix time, in seconds.
+        age_s: a time in seconds that passes only while a gateway runs, and never jumps: see ``Store.age_s``.
         life: what cursors name of all runs, if other gateways have the same events at the same positions.
 
     Attributes:
@@ -168,12 +174,12 @@ class EventFile:
         folder: Path | None,
         limits: Limits,
         warnings: Warnings,
-        clock_s: Callable[[], float] = time.time,
+        age_s: Callable[[], float] = time.monotonic,
         life: str | None = None,
     ) -> None:
         self._limits = limits
         self._life = life
-        self._clock_s = clock_s
+        self._age_s = age_s
         self._warnings = warnings
         self._runs: dict[str, _EventfulRun] = {}
         self.places: SharedPlaces = SharedPlaces(limits.all_events)
@@ -191,17 +197,19 @@ class EventFile:
             are_ours = list(map(type, (run, life, last, tenant, received_s))) == [str, str, int, str, float]
             if not are_ours or not life.isalnum() or not 0 <= last < _MOST_POSITION:
                 raise sqlite3.DatabaseError(_STRANGE)
-            runs[run] = by_id[number] = _EventfulRun(number, life, last, tenant, received_s)
-        for number, rank, attempt, highest, distinct, count, position in connection.execute(_COUNTED):
-            if not type(rank) is type(attempt) is type(highest) is type(position) is int or highest < distinct:
+            # An earlier version noted Unix time; and after a kill, the store's age may be behind.
+            runs[run] = by_id[number] = _EventfulRun(number, life, last, tenant, min(received_s, self._age_s()))
+        for number, rank, attempt, highest, distinct, count, position, newest in connection.execute(_COUNTED):
+            if {*map(type, (rank, attempt, highest, position, newest))} != {int} or highest < distinct:
                 raise sqlite3.DatabaseError(_STRANGE)
             if number in by_id:
                 if position > by_id[number].last:  # it would be given again
                     raise sqlite3.DatabaseError(_STRANGE)
                 by_id[number].numbers[rank, attempt] = highest, distinct
+                by_id[number].newest[rank, attempt] = newest
                 by_id[number].count += count
         for number, rank, attempt, content in connection.execute(_ENDED, (f'["{RUN_ENDED}",%',)):
-            event = _event_of((0, 0, 0, "", 0, 0, 0), content)
+            event = _event_of((0, 0, 0, "", 1, 0, 0), content)
             if number in by_id and event is not None:
                 by_id[number].ended[rank, attempt] = _outcome(event.attributes)
         self._runs = runs
@@ -240,7 +248,13 @@ class EventFile:
         run = self._runs.get(run_id)
         if run is None:
             return None
-        return replace(run, numbers=dict(run.numbers), ended=dict(run.ended), senders=dict(run.senders))
+        return replace(
+            run,
+            numbers=dict(run.numbers),
+            newest=dict(run.newest),
+            ended=dict(run.ended),
+            senders=dict(run.senders),
+        )
 
     def _restore(self, before: Mapping[str, _EventfulRun | None]) -> None:
         """Forgets what was not stored after all: a cursor must not be past events that come when they are repeated."""
@@ -268,12 +282,13 @@ class EventFile:
             return NO_ROOM_FOR_EVENTS
         if run is None:
             run = self._runs[of.run_id] = self._begin(connection, of.run_id, tenant)
-        run.last, run.count, run.received_s = max(run.last + 1, first), run.count + 1, self._clock_s()
+        run.last, run.count, run.received_s = max(run.last + 1, first), run.count + 1, self._age_s()
         process, missed = _digest(event.sender.process) if times else "", 0
         if not times:
             highest, count = run.numbers.get((of.rank, of.attempt), (0, 0))
             run.numbers[of.rank, of.attempt] = max(highest, event.number), count + 1
             missed = max(event.number - 1 - highest, 0)
+            run.newest[of.rank, of.attempt] = max(event.time_unix_ns, run.newest.get((of.rank, of.attempt), 0))
             run.senders[of.rank, of.attempt] = event.sender
             if event.name == RUN_ENDED:
                 run.ended[of.rank, of.attempt] = _outcome(event.attributes)
@@ -345,15 +360,13 @@ class EventFile:
         return {*self._runs}
 
     def processes(self, run_id: str) -> list[EventfulProcess]:
-        """Returns the processes of a run that have sent events, by attempt and rank."""
+        """Returns the processes of a run that have sent events."""
         run = self._runs.get(run_id)
         if run is None:
             return []
         return [
-            EventfulProcess(
-                attempt, rank, run.received_s, run.ended.get((rank, attempt)), run.senders.get((rank, attempt))
-            )
-            for attempt, rank in sorted((attempt, rank) for rank, attempt in run.numbers)
+            EventfulProcess(attempt, rank, newest, run.ended.get((rank, attempt)), run.senders.get((rank, attempt)))
+            for (rank, attempt), newest in sorted(run.newest.items())
         ]
 
     def missing(self) -> int:
@@ -362,7 +375,7 @@ class EventFile:
 
     def abandoned(self, is_known: Callable[[str], bool], idle_s: float) -> list[str]:
         """Returns the runs that are not known, and of which no event has arrived for so long."""
-        before_s = self._clock_s() - idle_s
+        before_s = self._age_s() - idle_s
         return [run_id for run_id, run in self._runs.items() if run.received_s < before_s and not is_known(run_id)]
 
     def count(self, run_id: str) -> int:
@@ -408,10 +421,12 @@ def _event_of(place: Sequence[Any], content: str) -> StoredEvent | None:
     small = (event.rank, event.severity)
     numbers = (*small, event.attempt, event.number, event.missed, event.time_unix_ns)
     further = [each for each in (event.step, event.epoch) if each is not None]
-    are_texts = all(type(each) is str for each in texts)
+    texts = (*texts, *(each for each in values if type(each) is str))
+    are_texts = all(type(each) is str and not _SURROGATE.search(each) for each in texts)
     are_numbers = all(type(each) is int and 0 <= each < 2**63 for each in (*numbers, *further))
+    are_counts = are_numbers and event.missed < event.number < _MOST_NUMBER
     are_values = all(type(each) in _VALUES and (type(each) is not int or abs(each) < 2**63) for each in values)
-    return event if are_texts and are_numbers and are_values and max(small) < 2**31 else None
+    return event if are_texts and are_counts and are_values and max(small) < 2**31 else None
 
 
 def _outcome(attributes: Mapping[str, Value]) -> str:

@@ -20,7 +20,7 @@ from esper_otel.gateway.limits import Limits, SharedPlaces
 from esper_otel.gateway.receive.request import PhasePoint
 from esper_otel.gateway.store.base import Store, StoreFull
 from esper_otel.gateway.turns import finished
-from esper_otel.hours.account import Account, PhaseTimes, StepTimes
+from esper_otel.hours.account import Account, PhaseTimes, StepTimes, moved
 from esper_otel.hours.bar import Bar, PhaseInfo, RunHours, bar_of_run, making_bar
 from esper_otel.log import Warnings
 
@@ -38,8 +38,8 @@ _FIELDS = {
     "esper.phase.step": "step",
 }
 _MOST_PHASES = 1_000  # that are shown
-_SILENT_S = 120.0  # a time of phases is known to about a minute
-_MS = 1_000_000
+_SILENT_NS = 60 * 10**9
+_LONGEST_MS = 1e12  # of a step that is said to have taken longer, the sums would be infinite
 
 
 class _RunAccounts:
@@ -96,7 +96,7 @@ class Hours:
     def __init__(self, store: Store, folder: Path | None, warnings: Warnings, limits: Limits) -> None:
         self._store = store
         self._warnings = warnings
-        self._file = HoursFile(folder, limits, warnings)
+        self._file = HoursFile(folder, limits, warnings, store.age_s)
         self._runs: OrderedDict[str, _RunAccounts] = OrderedDict()
         self._changed: dict[str, None] = {}
         self._in_memory = 0
@@ -181,6 +181,8 @@ class Hours:
                 page = self._store.after(run_id, run.cursor, None, _AT_ONCE)
             except UnknownRun:
                 run.is_current = False
+                if not run.accounts and self._runs.get(run_id) is run:  # phases at most, which may come first
+                    del self._runs[run_id]
                 break
             except StaleCursor:
                 run.cursor, run.is_current = "", False
@@ -198,16 +200,15 @@ class Hours:
         """Returns the runs of which phases are stored."""
         return self._file.runs_with_phases()
 
-    def states(self, run_id: str, now_s: float) -> list[RunState]:
+    def states(self, run_id: str, now_ns: int) -> list[RunState]:
         """Returns the state of each process that has phases, as far as these tell it: nothing of its steps."""
-        received_s, processes = self._file.processes(run_id)
         return [
             RunState(
                 Origin(run_id, process.attempt, process.rank),
-                *(1, "", None, None, 0, int(received_s * 1e9)),
-                is_silent=now_s - received_s > _SILENT_S,
+                *(1, "", None, None, 0, newest_ns),
+                is_silent=now_ns - newest_ns > _SILENT_NS,
             )
-            for process in processes
+            for process, newest_ns in self._file.processes(run_id).items()
         ]
 
     def _begin(self, run_id: str) -> Generator[None, None, _RunAccounts]:
@@ -316,7 +317,7 @@ def _newest(phases: Sequence[tuple[AttemptRank, PhaseTimes]]) -> Generator[None,
                 phase.name,
                 writer.rank,
                 writer.attempt,
-                phase.end_unix_ns - round(phase.length_ms * _MS),
+                moved(phase.end_unix_ns, -phase.length_ms),
                 phase.end_unix_ns,
                 phase.own_ms or 0.0,
                 phase.number or 0,
@@ -364,7 +365,9 @@ def step_times(frame: Frame) -> StepTimes:
     """Returns the durations of a step; a missing or senseless one is 0, and an unknown latency None."""
     numbers = frame.numbers
     found = [None if place is None else finite(numbers[place]) for place in _places(frame.names)]
-    waited_ms, latency_ms, hook_ms, finalize_ms = (None if each is None else max(each, 0.0) for each in found)
+    waited_ms, latency_ms, hook_ms, finalize_ms = (
+        None if each is None else min(max(each, 0.0), _LONGEST_MS) for each in found
+    )
     step = frame.global_step if frame.global_step < GUESSED_STEP else frame.sequence
     return StepTimes(step, frame.time_unix_ns, waited_ms or 0.0, latency_ms, (hook_ms or 0.0) + (finalize_ms or 0.0))
 

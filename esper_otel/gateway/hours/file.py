@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ FILE = "hours.sqlite3"
 _MOST_PHASES = 20_000  # of a run; the oldest are dropped first, but never the newest of a name, which has the totals
 _FEWER = 19_000
 _MOST_NEWEST = 100_000  # of a run, with those that have the totals: then the oldest attempts' are dropped as well
-_PROCESSES = "SELECT DISTINCT rank, attempt FROM phases WHERE run = ? LIMIT ?"
+_PROCESSES = "SELECT rank, attempt, max(ended) FROM phases WHERE run = ? GROUP BY 1, 2 LIMIT ?"
 _MOST_PROCESSES = 1_024
 _AT_ONCE = 250  # rows
 _NOTED_EVERY_S = 60.0
@@ -104,7 +105,7 @@ class _PhasesOfRun:
 
     Attributes:
         tenant: whose share they use.
-        received_s: when the newest arrived, in Unix seconds, to about a minute.
+        received_s: when the newest arrived, by the age of the store, to about a minute.
         count: how many there are.
         shrink_at: above how many the oldest are dropped.
     """
@@ -124,7 +125,7 @@ class HoursFile:
         folder: the folder of the store; None keeps everything in memory.
         limits: how many phases there may be.
         warnings: where damage, and what is dropped, are reported.
-        clock_s: Unix time, in seconds.
+        age_s: see ``Store.age_s``.
 
     Attributes:
         dropped_totals: phases dropped although they had the totals of a rank, attempt and name.
@@ -132,18 +133,18 @@ class HoursFile:
     """
 
     def __init__(
-        self, folder: Path | None, limits: Limits, warnings: Warnings, clock_s: Callable[[], float] = time.time
+        self, folder: Path | None, limits: Limits, warnings: Warnings, age_s: Callable[[], float] = time.monotonic
     ) -> None:
         self._limits = limits
         self._warnings = warnings
-        self._clock_s = clock_s
+        self._age_s = age_s
         self._senders: dict[str, _PhasesOfRun] = {}
         self.dropped_totals: int = 0
         self.places: SharedPlaces = SharedPlaces(limits.all_phases)
         self._file = SideFile(folder, FILE, _SCHEMA, "phases", self._load, warnings)
 
     def _load(self, connection: sqlite3.Connection) -> None:
-        now_s = self._clock_s()
+        now_s = self._age_s()
         self._senders = {
             str(run): _PhasesOfRun(str(tenant), min(received_s, now_s) if type(received_s) is float else now_s)
             for run, tenant, received_s in connection.execute("SELECT run, tenant, received FROM senders")
@@ -178,11 +179,11 @@ class HoursFile:
     def _add(self, some: Sequence[ReceivedPhase], tenant: str) -> int:
         opened, refused = self._file.connection, 0
         taken: list[_PhasesOfRun] = []
-        now_s = self._clock_s()
+        now_s = self._age_s()
         try:
             with self._file.transaction() as connection:
                 for run_id, of_run in groupby(some, itemgetter(0)):
-                    sender = self._senders.get(run_id) or _PhasesOfRun(tenant, 0.0)
+                    sender = self._senders.get(run_id) or _PhasesOfRun(tenant, -math.inf)
                     for _, writer, phase in of_run:
                         row = (run_id, *writer, *phase)
                         if not connection.execute(_INSERT, row).rowcount:
@@ -202,7 +203,7 @@ class HoursFile:
         except BaseException:
             for sender in taken if self._file.connection is opened else ():  # otherwise another file was begun
                 sender.count -= 1
-                sender.received_s = 0.0
+                sender.received_s = -math.inf
                 self.places.give_back(sender.tenant, 1)
             raise
         return refused
@@ -243,13 +244,10 @@ class HoursFile:
         """Returns the runs of which phases are stored, without reading the file."""
         return {run_id for run_id, sender in self._senders.items() if sender.count}
 
-    def processes(self, run_id: str) -> tuple[float, list[AttemptRank]]:
-        """Returns when the newest phase of a run arrived, in Unix seconds, to about a minute, and whose they are."""
-        sender = self._senders.get(run_id)
-        if sender is None:
-            return 0.0, []
+    def processes(self, run_id: str) -> dict[AttemptRank, int]:
+        """Returns the processes of a run that have phases, with the newest end of one, in Unix nanoseconds."""
         rows = self._file.rows(_PROCESSES, (run_id, _MOST_PROCESSES))
-        return sender.received_s, [AttemptRank(*row) for row in rows if set(map(type, row)) == {int}]
+        return {AttemptRank(*row[:2]): row[2] for row in rows if {*map(type, row)} == {int}}
 
     def accounts(self, run_id: str) -> Generator[None, None, StoredAccounts | None]:
         """Returns the sums over the steps of a run, as they were when they were stored last, in parts."""
@@ -287,7 +285,7 @@ class HoursFile:
 
     def abandoned(self, is_known: Callable[[str], bool], idle_s: float) -> list[str]:
         """Returns the runs that are not known, and of which no phase has arrived for so long."""
-        before_s = self._clock_s() - idle_s
+        before_s = self._age_s() - idle_s
         return [run for run, of in self._senders.items() if of.received_s < before_s and not is_known(run)]
 
     def forget(self, run_id: str) -> Generator[None, None, None]:

@@ -116,7 +116,7 @@ class TierCore(PullCore):
         self._tails: dict[int, Tail] = {}
         store = TierStore(self._known, self._size)
         super().__init__(store, self._known, rules=rules, latency_budget_ms=latency_budget_ms)
-        self._events = RunEvents(None, Limits(), self.counts, self._warnings, tier.of_events or None)
+        self._events = RunEvents(None, Limits(), self.counts, self._warnings, life=tier.of_events or None)
         self._connection, self._tier = connection, tier
         self._ranks = self._known.ranks
         self._waiting: dict[int, asyncio.Future[None]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -200,6 +201,10 @@ class Store(ABC):
     def use(self) -> Mapping[str, tuple[float, float]]:
         """Returns, for each limit by name, how much of it is used, and the limit."""
         return {}
+
+    def age_s(self) -> float:
+        """Returns a time in seconds that passes only while a gateway runs on this store, and never jumps."""
+        return time.monotonic()
 
     def expire(self) -> list[str]:
         """Drops runs that were idle for longer than ``idle_s``, at most ``EXPIRED_AT_ONCE``; returns their names."""

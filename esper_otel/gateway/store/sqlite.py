@@ -205,11 +205,11 @@ class FileStore(RunStore[FileRun]):
             return []
 
     def _expired(self) -> list[str]:
-        oldest_s = self._age_s() - self._limits.idle_s
-        if self._age_s() > self._age_noted_s + _AGE_EVERY_S:
+        oldest_s = self.age_s() - self._limits.idle_s
+        if self.age_s() > self._age_noted_s + _AGE_EVERY_S:
             with transaction(self._connection) as connection:
-                connection.execute("UPDATE age SET seconds = ?", (self._age_s(),))
-            self._age_noted_s = self._age_s()
+                connection.execute("UPDATE age SET seconds = ?", (self.age_s(),))
+            self._age_noted_s = self.age_s()
         if self._writer.has_left:
             with self._writer.transaction():
                 self._writer.sweep(_SWEPT_WHEN_IDLE)
@@ -420,7 +420,7 @@ class FileStore(RunStore[FileRun]):
     def _use(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self._blocks = Blocks(connection)
-        self._writer = RunWriter(connection, self._runs, self._ledger, self._limits, self._blocks, self._age_s)
+        self._writer = RunWriter(connection, self._runs, self._ledger, self._limits, self._blocks, self.age_s)
 
     def _load(self) -> None:
         self._age_before_s = self._age_noted_s = 0.0
@@ -482,6 +482,6 @@ class FileStore(RunStore[FileRun]):
             if key in names:
                 self._runs[names[key]].outcomes[Origin(names[key], attempt, rank, writer)] = outcome
 
-    def _age_s(self) -> float:
+    def age_s(self) -> float:
         """Returns the total time in seconds that gateways have run on this folder."""
         return self._age_before_s + self._clock() - self._opened_s

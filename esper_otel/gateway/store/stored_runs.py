@@ -64,6 +64,10 @@ class RunStore(Store, Generic[Run]):
         """Approximate size of the entries in bytes."""
         return self._ledger.size
 
+    def age_s(self) -> float:
+        """Returns a time in seconds that never jumps. See ``Store``."""
+        return self._clock()
+
     def holds(self, run_id: str) -> bool:
         """Whether a step of the run is stored. See ``Store``."""
         return run_id in self._runs

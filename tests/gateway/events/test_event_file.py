@@ -116,7 +116,7 @@ def test_a_run_and_a_sender_have_bounded_room_also_after_a_restart(tmp_path: Pat
 
 def test_runs_without_steps_are_abandoned_when_they_are_silent() -> None:
     clock = [1_000.0]
-    file = opened(clock_s=lambda: clock[0])
+    file = opened(age_s=lambda: clock[0])
     file.add(events("run", 1), "")
     assert file.abandoned(lambda _: False, 60.0) == []
     clock[0] += 61.0
@@ -186,6 +186,55 @@ def test_a_file_with_rows_that_a_gateway_cannot_have_written_is_put_aside(tmp_pa
     assert file.add(events("run", 2, 3), "")[0] == 2
     file.close()
     assert len([*tmp_path.glob(f"{FILE}.damaged-*")]) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "CAST(x'5b22ff222c302c22222c302c302c7b7d5d' AS TEXT)",  # not UTF-8
+        """'["a",0,"\\ud800",0,0,{}]'""",
+        """'["a",0,"",0,0,{"b":"\\udfff"}]'""",
+        """'["a",0,"",0,0,{"b":1e400,"c":99999999999999999999}]'""",
+        """'["a",0,"",0,0,{"b":[1]}]'""",
+        """'["a",0,"",0,0,[]]'""",
+        f"""'{"[" * 100_000}'""",
+        "x'00'",
+        "NULL",
+    ],
+)
+def test_a_row_that_cannot_be_read_stops_no_puller(tmp_path: Path, content: str) -> None:
+    """It is left out, or read as well as it can be; the others come."""
+    file = opened(tmp_path)
+    file.add(events("run", 1, 2, 3), "")
+    file.close()
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        connection.execute(f"UPDATE events SET content = {content} WHERE number = 2")
+    connection.close()
+    file = opened(tmp_path)
+    found = page(file)
+    assert {1, 3} <= {*numbers(found)}
+    made = finished(run_events.events_message(found))
+    assert type(made).FromString(made.SerializeToString()).cursor == found.cursor
+    assert [event.number for event in file.newest("run", 0, 10)] == numbers(found)
+    assert numbers(page(file, found.cursor)) == []
+    file.close()
+
+
+def test_no_jump_of_a_clock_ages_the_events_of_a_run_without_steps(tmp_path: Path) -> None:
+    """Their age is that of the store, which passes only while a gateway runs; a file of Unix times is of an earlier
+    version.
+    """
+    clock = [100.0]
+    file = opened(tmp_path, age_s=lambda: clock[0])
+    file.add(events("run", 1), "")
+    file._file.connection.execute("UPDATE runs SET received = 1.8e9")
+    file.close()
+    file = opened(tmp_path, age_s=lambda: clock[0])
+    clock[0] = 159.0
+    assert file.abandoned(lambda _: False, 60.0) == []
+    clock[0] = 161.0
+    assert file.abandoned(lambda _: False, 60.0) == ["run"]
+    file.close()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
@@ -192,6 +193,35 @@ def test_a_run_that_is_dropped_is_forgotten(tmp_path: Path) -> None:
     core.close()
 
 
+def tidied(core: Core) -> list[str]:
+    for _ in core._hours.tidying():
+        pass
+    return sorted(core._hours._file._senders)
+
+
+def test_phases_of_a_run_without_steps_stay_for_a_day_and_no_longer(tmp_path: Path) -> None:
+    """They may come before its first step; who looks at them does not end them, and neither does a restart."""
+    clock = [0.0]
+    store = StoreLimits(idle_s=10.0)
+    core = Core(FileStore(tmp_path, store, clock=lambda: clock[0]))
+    receive(core, phase_body(phase(1, "evaluation", 14_000, 30.0)))
+    assert hours(core).phases
+    assert tidied(core) == ["run"]
+    assert hours(core).phases
+    clock[0] = 12 * 3600.0
+    assert tidied(core) == ["run"]
+    receive(core, phase_body(phase(2, "evaluation", 15_000, 30.0)))
+    core.close()
+    core = Core(FileStore(tmp_path, store, clock=lambda: clock[0]))
+    clock[0] += 23 * 3600.0
+    assert tidied(core) == ["run"]
+    clock[0] += 2 * 3600.0
+    assert tidied(core) == []
+    with pytest.raises(UnknownRun):
+        hours(core)
+    core.close()
+
+
 @pytest.mark.parametrize("content", [b"", b"not a database" * 1_000])
 def test_a_damaged_file_is_put_aside_and_steps_are_read_again(tmp_path: Path, content: bytes) -> None:
     core = Core(FileStore(tmp_path))
@@ -352,3 +382,17 @@ def test_sums_that_no_gateway_can_have_written_are_read_anew(tmp_path: Path, cha
     assert hours(again) == before
     assert asyncio.run(again.hours(HoursRequest(run_id="run", with_accounts=True))).ranks[0].rank == 0
     again.close()
+
+
+@pytest.mark.parametrize("wrong_ms", [1e300, 2.0**52, 1.7e308])
+def test_durations_that_cannot_be_make_no_fault_of_the_answer(core: Core, wrong_ms: float) -> None:
+    """Anybody may send them: of their own run, the hours are senseless, but they are told."""
+    long = [
+        frame._replace(numbers=(wrong_ms, wrong_ms), time_unix_ns=frame.time_unix_ns + frame.sequence)
+        for frame in frames(1, 3)
+    ]
+    receive(core, *body(long), phase_body(phase(1, "checkpoint", 100, 5.0)._replace(start_unix_ns=-(2**62))))
+    answer = asyncio.run(core.hours(HoursRequest(run_id="run", with_accounts=True)))
+    assert all(0.0 <= part.spent_ms < math.inf for part in answer.run.parts)
+    assert [phase.number for phase in answer.phases] == [1]
+    core.close()

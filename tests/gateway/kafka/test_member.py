@@ -13,6 +13,7 @@ import pytest
 from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException
 from frame_examples import RUN, make_frame
 
+from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.kafka import member as module
 from esper_otel.gateway.kafka import member_process
@@ -117,6 +118,13 @@ def test_the_partitions_of_a_member_share_its_memory(member: Any) -> None:
             assert limits.kept_bytes == whole.kept_bytes // count == 128 * 2**20 // count
             assert limits.waiting_points == whole.waiting_points // count
             assert limits.runs == 20_000
+
+
+def test_a_member_has_room_for_more_ranks_unless_it_is_told_otherwise() -> None:
+    assert member_process._limits_of([]) == module.MEMBER_LIMITS
+    assert member_process._limits_of(["runs=50", "kept_bytes=7"]).runs == 50
+    with pytest.raises(ConfigurationError, match="stored_writers, http_connections, grpc_connections do not go with"):
+        member_process._limits_of(["stored_writers=5"])
 
 
 def test_partitions_without_a_member_are_noticed_when_the_group_is_at_rest() -> None:

@@ -17,6 +17,7 @@ from esper_otel.frames.records import RecordWriter
 from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_stands, cursor_text
+from esper_otel.gateway.kafka.entries import Record, entries_of
 from esper_otel.gateway.kafka.shard import Commit, RequestRecord, Shard
 from esper_otel.gateway.kafka.topic_records import (
     FrameBatch,
@@ -222,6 +223,23 @@ def test_a_run_that_failed_before_its_first_step_is_known_until_it_is_old() -> N
     log.work(0, of_all=True, dies=False)
     assert log.shard.idle(TIME_UNIX_NS + 1) == [state.origin]
     assert not log.shard.writers
+
+
+def test_a_rank_that_comes_back_after_it_was_forgotten_is_not_passed_over() -> None:
+    """Its frames are counted anew; a puller that has had more of them before gets all of those to come."""
+    enc = encoder("process-0")
+    log = Log([b"".join(each.body for each in enc.requests(blocks_of([step_of(0, step)]))) for step in (1, 2, 3, 4)])
+    log.work(3, of_all=True, dies=False)
+    assert log.shard.idle(2**63)
+    log.states.clear()
+    log.shard = Shard(0, limits=Limits(), hold_s=2.0, linger_s=0.05)
+    log.work(1, of_all=True, dies=False)
+    log.work(0, of_all=True, dies=False, waits_s=5)
+    key, value = log.frames[-1]
+    record = Record(0, 9, 1, key, value)
+    for rank in (None, 0):
+        [entry] = entries_of(record, Stand(9, 0, 3), rank)
+        assert (entry.frame.item.frame.global_step, entry.gap, entry.after) == (4, 0, Stand(10, 0, 1))
 
 
 def test_counts_go_on_after_a_takeover() -> None:

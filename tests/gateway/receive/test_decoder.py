@@ -164,7 +164,7 @@ def test_what_is_never_repeated_is_soon_not_learnt_any_more() -> None:
         body = request.SerializeToString() * 2
         assert said(decoder.decode, body) == said(decode_plain, body)
     assert decoder._templates._credit < 2
-    for step in range(1, 30):
+    for step in range(1, 14):
         body = of_ranks(step, 100)
         assert said(decoder.decode, body) == said(decode_plain, body)
     assert decoder._templates._credit == 64
