@@ -42,7 +42,6 @@ _ABSENT = np.uint64(ABSENT_BITS)
 _BLANK = np.full((64, WIDTH), ABSENT)  # cells of seeds that have none yet
 
 _MOST_SHAPES = 8
-_FEW = 32
 
 _Rows: TypeAlias = npt.NDArray[np.intp]
 
@@ -300,19 +299,17 @@ class LiveSeeds:
         now, then = new[:, _VIOLATIONS], self.table.cells[:, _VIOLATIONS]
         if rows is None and len(now) == len(then) and now.tobytes() == then.tobytes():
             return 0.0
+        counts: list[float] = then.tolist()
         if rows is not None:
-            then = np.append(then, ABSENT)[rows]  # the last one for a new seed
-        elif len(now) > len(then):
-            then = np.concatenate((then, _blank(len(now) - len(then), 1)[:, 0]))
+            counts = [counts[row] if row >= 0 else ABSENT for row in rows.tolist()]
+        else:
+            counts += [ABSENT] * (len(now) - len(counts))
         if self._resumed_violations:
             for place, seed_id in enumerate(ids):
                 if seed_id not in self.ids:
-                    then[place] = self._resumed_violations.get(seed_id, ABSENT)
-        if len(now) > _FEW:
-            changed = np.flatnonzero(now != then)
-            now, then = now[changed], then[changed]
+                    counts[place] = self._resumed_violations.get(seed_id, ABSENT)
         found = 0.0
-        for after, before in zip(now.tolist(), then.tolist(), strict=True):
+        for after, before in zip(now.tolist(), counts, strict=True):
             if after != before and after - after == 0.0:  # neither NaN nor an infinity
                 found += after - before if after >= before > -_INFINITY else after
         return found

@@ -437,5 +437,5 @@ class PullCore(ABC):
 
 
 def events_of(run_id: str) -> str:
-    """Returns under which name pullers wait for events of a run; no run has such a name."""
+    """Returns the name under which pullers wait for events of a run; no run has such a name."""
     return f"events\0{run_id}"

@@ -28,9 +28,13 @@ def main(options: argparse.Namespace) -> int:
     """
     from esper_otel.session.environment import check_environment
 
+    environ = dict(os.environ)
+    # gRPC reads this variable when it is loaded. Without it, it may complain that this process is replaced while it
+    # starts a thread.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     check_environment()
     # The page, if one is asked for, is open now.
-    environ = {name: text for name, text in os.environ.items() if name.upper() != "ESPER_UI"}
+    environ = {name: text for name, text in environ.items() if name.upper() != "ESPER_UI"}
     before = environ.get("PYTHONPATH")
     if before is not None:
         environ["ESPER_OTEL_PYTHONPATH"] = before

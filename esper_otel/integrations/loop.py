@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from esper_otel.integrations.loop_parts import StepParts
 from esper_otel.log import logger
 from esper_otel.record.device import scalar
 from esper_otel.record.phases import Phases
+from esper_otel.record.values import CopyTime
 from esper_otel.session.telemetry import Telemetry
 
 # For these metrics, a step has the last value; for others, the mean over its batches.
@@ -117,6 +118,16 @@ class _Batches:
             earlier.add(mean)
 
 
+class _Ended(NamedTuple):
+    """A step that is over: its batches, and the durations of its parts."""
+
+    batches: _Batches
+    host_ms: dict[str, float]
+    device: list[tuple[str, CopyTime]]
+    epoch: int
+    global_step: int | None
+
+
 def _weakly(loop: Loop) -> Callable[[], int | None]:
     """Returns a function that returns the step that the loop is in, without keeping the loop alive."""
     reference = weakref.ref(loop)
@@ -156,6 +167,12 @@ class Loop:
         self._now = _Batches()
         self.parts: StepParts = StepParts(telemetry._recorder.timer)  # noqa: SLF001 - same package
         self._is_sharded = False
+        self._held: _Ended | None = None
+
+    @property
+    def has_held(self) -> bool:
+        """Whether a step has ended and is not recorded yet."""
+        return self._held is not None
 
     @property
     def has_earlier(self) -> bool:
@@ -244,11 +261,19 @@ class Loop:
             UnknownMetric: a name is not declared.
             InvalidValue: a value is not a single number.
         """
+        self._put_in(self._now, values)
+
+    def put_in_held(self, values: Mapping[str, Any]) -> None:
+        """Like ``put``, but for the step that is held."""
+        if self._held is not None:
+            self._put_in(self._held.batches, values)
+
+    def _put_in(self, batches: _Batches, values: Mapping[str, Any]) -> None:
         for name, value in self.checked(values).items():
             if value is None:
-                self._now.values.pop(name, None)
+                batches.values.pop(name, None)
             else:
-                self._now.values[name] = value
+                batches.values[name] = value
 
     def checked(self, values: Mapping[str, Any]) -> dict[str, float | Tensor | None]:
         """Returns the numbers by their full names. If mistakes are not raised, notes them and leaves them out.
@@ -288,17 +313,36 @@ class Loop:
     def end(self, *, epoch: int, global_step: int | None = None) -> None:
         """Records the step if the optimizer has stepped; otherwise the step continues."""
         if self.has_stepped:
-            whole, asked_s = self._whole(), self._asked_s
-            values = whole.all_values()
-            host_ms, device = self.parts.take()
-            if whole.began_s is not None:
-                values |= host_ms
-                if device:
-                    self._telemetry._recorder.next_step.add_parts(device)  # noqa: SLF001 - same package
-            samples = whole.samples if whole.began_s is None else None
-            self.forget()
-            self._asked_s = asked_s
-            self._telemetry.record_step(values, epoch=epoch, global_step=global_step, samples=samples)
+            self._record(self._taken(epoch, global_step))
+
+    def hold(self, *, epoch: int) -> None:
+        """Ends the step, if the optimizer has stepped, but records it only with the next one: ``put_in_held``."""
+        if self.has_stepped:
+            self.release()
+            self._held = self._taken(epoch, None)
+
+    def release(self) -> None:
+        """Records the step that is held, if there is one."""
+        held, self._held = self._held, None
+        if held is not None:
+            self._record(held)
+
+    def _taken(self, epoch: int, global_step: int | None) -> _Ended:
+        batches, asked_s = self._whole(), self._asked_s
+        ended = _Ended(batches, *self.parts.take(), epoch, global_step)
+        self.forget()
+        self._asked_s = asked_s
+        return ended
+
+    def _record(self, step: _Ended) -> None:
+        self.release()
+        values, batches = step.batches.all_values(), step.batches
+        if batches.began_s is not None:
+            values |= step.host_ms
+            if step.device:
+                self._telemetry._recorder.next_step.add_parts(step.device)  # noqa: SLF001 - same package
+        samples = batches.samples if batches.began_s is None else None
+        self._telemetry.record_step(values, epoch=step.epoch, global_step=step.global_step, samples=samples)
 
     def go_on(self, since_s: float) -> None:
         """Another step with the same batch has begun. The wait and the samples were recorded with the previous step."""
@@ -351,6 +395,7 @@ class Loop:
         return self._earlier
 
     def _record_failed(self, part: _Batches, epoch: int, global_step: int | None) -> None:
+        self.release()
         values = part.all_values()
         with suppress(_StepFailed), self._telemetry.step(epoch=epoch, global_step=global_step) as now:
             now.put(values)

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -124,6 +125,7 @@ class Script:
         self._last_end_s: float | None = None
         self._hooks: list[Any] = []
         self._is_idle = False
+        self._starting = threading.RLock()
 
     @_harmless
     def follow(self) -> None:
@@ -249,17 +251,23 @@ class Script:
         Returns None if the script records itself, or if the settings are wrong; nothing is followed from then on.
         """
         if self._steps is None and not self._is_idle:
+            with self._starting:
+                self._start_once()
+        return self._steps
+
+    def _start_once(self) -> None:
+        """Threads: any; a script may train several models at once, which are recorded in one session."""
+        if self._steps is None and not self._is_idle:
             logger.disabled = False  # the script's logging.config may have disabled all loggers that it does not name
             if live_sessions():
                 logger.info("the script has a session of its own, so its loaders and optimizers are not followed")
                 self._stand_aside()
-                return None
+                return
             try:
                 self._start()
             except EsperOtelError as error:
                 logger.warning("nothing is recorded: %s", error)
                 self._stand_aside()
-        return self._steps
 
     def _start(self) -> None:
         from esper_otel.integrations.loop import Loop

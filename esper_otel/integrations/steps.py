@@ -116,8 +116,16 @@ class OptimizerSteps:
         self.loop.wait()
 
     def batch(self, samples: int | None = None) -> None:
-        """The batch has arrived: records the previous step, to which ``put`` no longer applies."""
-        self.end()
+        """The batch has arrived: records the previous step, to which ``put`` no longer applies.
+
+        With a batch requested without gradients, as for an evaluation, the step is held: ``put`` may follow.
+        """
+        if torch.is_grad_enabled() or self._model() is None:
+            self.end()
+            self.loop.release()
+        else:
+            self._note_index()
+            self.loop.hold(epoch=self._feed.epoch)
         self._is_ahead = False
         self.loop.batch(samples)
         if not self.count:
@@ -129,7 +137,10 @@ class OptimizerSteps:
         """See ``Loop.put``. If the model has run on a batch requested ahead, the values belong to its step."""
         if self._is_ahead and self.loop.has_stepped and self._stepped_s is not None and not self._feed.is_ahead:
             self._begin_next(self._stepped_s)
-        self.loop.put(values)
+        if self.loop.has_held and not self._feed.is_training:
+            self.loop.put_in_held(values)
+        else:
+            self.loop.put(values)
 
     # -- optimizers ------------------------------------------------------------------------------------------------
 
@@ -157,6 +168,7 @@ class OptimizerSteps:
                 self._feed.postpone()
                 self.loop.uncount()
             self._is_ahead = True
+        self.loop.release()
         self._last_index = index
         self._feed.steps()
         closure = named.get("closure", arguments[1] if len(arguments) > 1 else None)
@@ -180,6 +192,7 @@ class OptimizerSteps:
     def finish(self, *, is_well: bool) -> None:
         """The run ends: records the current step, or values put without an optimizer step."""
         self._forget_gradient()
+        self.loop.release()
         if not is_well:
             self.loop.fail(epoch=self._feed.epoch)
         elif self.loop.has_stepped:
@@ -222,9 +235,12 @@ class OptimizerSteps:
 
     def end(self) -> None:
         """Records the step if the optimizer has stepped."""
+        self._note_index()
+        self.loop.end(epoch=self._feed.epoch)
+
+    def _note_index(self) -> None:
         if self.loop.has_stepped and len(self._known) > 1:
             self.loop.put({"esper.optimizer.index": self._last_index})
-        self.loop.end(epoch=self._feed.epoch)
 
     def _begin_next(self, since_s: float) -> None:
         """Records the step, which ended at ``since_s``, where the next one has begun without a new batch."""

@@ -12,6 +12,7 @@ from esper_otel.hours.whole import account_of, joined_account
 from esper_otel.pull.messages import Bar as BarMessage
 from esper_otel.pull.messages import HoursResponse, Rank, RanksResponse
 
+_STRANGE = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
 MOST_PHASES = 1_000  # of a run, that a gateway returns
 
 
@@ -143,8 +144,9 @@ def _bars_of_all(answers: Iterable[HoursResponse]) -> dict[int, Bar]:
     """Returns the bar of each rank, made of the accounts of all gateways."""
     known: dict[tuple[int, int], list[Account]] = {}
     for each in (account for answer in answers for account in answer.accounts):
-        with suppress(ValueError, TypeError, KeyError):  # of a newer version
-            known.setdefault((each.rank, each.attempt), []).append(account_of(each.account))
+        with suppress(*_STRANGE):  # of a newer version, or of anybody
+            account = account_of(each.account)
+            known.setdefault((each.rank, each.attempt), []).append(account)
     accounts: dict[int, list[Account]] = {}
     for rank, attempt in sorted(known):
         accounts.setdefault(rank, []).append(joined_account(known[rank, attempt]))

@@ -534,10 +534,13 @@ def many_ranks_at_a_gateway() -> list[Row]:
     ]
 
 
+def line(row: Row) -> str:
+    kept = {True: "yes", False: "**no**", None: ""}[row.kept]
+    return f"| {row.what} | {row.ours} | {row.theirs} | {row.ratio} | {row.promise} | {kept} |"
+
+
 def table(rows: list[Row]) -> str:
-    lines = ["| what | ours | against | ratio | promised | kept |", "|---|---|---|---|---|---|"]
-    marks = {True: "yes", False: "**no**", None: ""}
-    lines += [f"| {r.what} | {r.ours} | {r.theirs} | {r.ratio} | {r.promise} | {marks[r.kept]} |" for r in rows]
+    lines = ["| what | ours | against | ratio | promised | kept |", "|---|---|---|---|---|---|", *map(line, rows)]
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}"
     machine = f"{os.cpu_count()} cores ({platform.machine()})"
     date = datetime.datetime.now(datetime.UTC).date()
@@ -583,7 +586,12 @@ def main() -> int:
     if section is not None:
         print(json.dumps(by_name[section]()))
         return 0
-    text = table([row for each in SECTIONS for row in in_its_own_process(each)])
+    rows = []
+    for each in SECTIONS:
+        found = in_its_own_process(each)
+        print(*map(line, found), sep="\n", flush=True)  # known even if a later section fails
+        rows += found
+    text = table(rows)
     print(text)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]

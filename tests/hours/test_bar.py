@@ -303,3 +303,6 @@ def test_of_several_gateways_each_rank_has_all_of_its_attempts() -> None:
     assert found.run == bar_of_run(found.ranks.values())
     assert found.phases == (one, other)
     assert merged_hours([first]) == run_hours(first)
+    for text in ("[" * 100_000, "7", '{"steps": 1e400}', account_text(Account())[:-1] + ', "starts": []}'):
+        first.accounts.add(rank=0, attempt=7, account=text)  # a gateway may tell anything
+    assert merged_hours([first, mate, second]).run == found.run

@@ -192,6 +192,24 @@ def test_a_script_that_is_not_there_is_said_by_python(tmp_path: Path) -> None:
         assert (ours.stderr, ours.returncode) == (without.stderr, 2)
 
 
+REPLACED = """
+import os, sys
+from esper_otel.cli import main
+def execve(path, command, environ):
+    sys.exit(f"{os.environ.get('GRPC_VERBOSITY')} {environ.get('GRPC_VERBOSITY')}")
+os.execve = execve
+main(["run", "train.py"])
+"""
+
+
+@pytest.mark.parametrize(("given", "said"), [({}, "NONE None"), ({"GRPC_VERBOSITY": "ERROR"}, "ERROR ERROR")])
+def test_grpc_says_nothing_of_the_process_that_is_replaced(given: dict[str, str], said: str) -> None:
+    """Its threads end in the middle of their start. The script has the variable that it would have."""
+    with MemoryCollector() as collector:
+        done = warm.run("-c", REPLACED, env=environ(collector, **given), imported=warm.PACKAGE)
+    assert done.stderr == f"{said}\n"
+
+
 def test_a_script_in_which_nothing_steps_is_explained_in_the_log(tmp_path: Path) -> None:
     (tmp_path / "launcher.py").write_text("print('hello')", encoding="utf-8")
     log = tmp_path / "log"

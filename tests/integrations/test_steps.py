@@ -247,6 +247,23 @@ def test_put_after_the_loop_belongs_to_its_last_step() -> None:
     assert [row.get("accuracy") for row in rows(watched)] == [None, 0.0, None, 0.5]
 
 
+def test_put_after_an_evaluation_on_the_watched_loader_belongs_to_the_step_before_it() -> None:
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, loader(8))
+    for number, (inputs,) in enumerate(watched):
+        model(inputs).sum().backward()
+        optimizer.step()
+        if number % 2:
+            with torch.no_grad():
+                for (others,) in watched:
+                    model(others)
+        watched.put(accuracy=number / 4)
+    found = rows(watched)
+    assert [row["accuracy"] for row in found] == [0.0, 0.25, 0.5, 0.75]
+    samples = [row["samples_per_s"] * (row["input_wait_ms"] + row["step_latency_ms"]) / 1e3 for row in found]
+    assert samples == pytest.approx([8] * 4)
+
+
 def test_each_of_several_optimizers_makes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose a step was stands beside it, and not in its packet: Tamiyo's networks have no such input."""
     collector = MemoryCollector()

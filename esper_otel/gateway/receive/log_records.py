@@ -46,6 +46,7 @@ EVENT_REASONS = (
 )
 
 _MOST_AT_ONCE = 50_000
+_MOST_ATTRIBUTES = 500_000  # of all events of a request: about 70 MB
 _MOST_TEXT = 500  # characters of a sentence
 _MOST_BYTES = 2_048  # of an event's sentence and attributes
 _LARGEST = 2**53  # of a whole number that every reader can represent
@@ -110,7 +111,7 @@ def decode_logs(body: bytes, limits: Limits, *, is_json: bool = False) -> Decode
         body = protobuf_of_json(body, ExportLogsServiceRequest)
     events: list[EventRecord] = []
     refused: Counter[str] = Counter()
-    ignored = parts = ours = 0
+    ignored = parts = ours = attributes = 0
     for piece in pieces(body, ExportLogsServiceRequest):
         try:
             request = ExportLogsServiceRequest.FromString(piece)
@@ -120,25 +121,26 @@ def decode_logs(body: bytes, limits: Limits, *, is_json: bool = False) -> Decode
         check_counts(metrics=parts)
         for of_resource in request.resource_logs:
             parts += len(of_resource.scope_logs)
-            others, mine = _counted(of_resource)
-            ignored, ours = ignored + others, ours + mine
+            others, mine, further = _counted(of_resource)
+            ignored, ours, attributes = ignored + others, ours + mine, attributes + further
             check_counts(points=ignored + ours, metrics=parts)
-            if ours > _MOST_AT_ONCE:
+            if ours > _MOST_AT_ONCE or attributes > _MOST_ATTRIBUTES:
                 refused[TOO_MANY_AT_ONCE] += mine
             elif mine:
                 _add(of_resource, limits, events, refused)
     return DecodedLogs(events, ignored, refused)
 
 
-def _counted(of_resource: ResourceLogs) -> tuple[int, int]:
-    """Returns how many records are others', and how many ours."""
-    others = mine = 0
+def _counted(of_resource: ResourceLogs) -> tuple[int, int, int]:
+    """Returns how many records are others', how many ours, and how many attributes ours have."""
+    others = mine = attributes = 0
     for of_scope in of_resource.scope_logs:
         if of_scope.scope.name == EVENT_SCOPE:
             mine += len(of_scope.log_records)
+            attributes += sum(len(record.attributes) for record in of_scope.log_records)
         else:
             others += len(of_scope.log_records)
-    return others, mine
+    return others, mine, attributes
 
 
 def _add(of_resource: ResourceLogs, limits: Limits, events: list[EventRecord], refused: Counter[str]) -> None:

@@ -178,7 +178,7 @@ def test_a_run_without_steps_is_listed_with_what_its_events_say(tmp_path: Path) 
         core.changed.note([run_id])
 
     send("hangs", "esper.run.started")
-    send("failed", "esper.run.ended", **{"esper.outcome": "ValueError"})
+    send("failed", "esper.run.ended", 0, **{"esper.outcome": "ValueError"})
     publish(core, "half", 1)
     send("half", "esper.run.started", rank=1)
     phase = PhasePoint(
@@ -188,7 +188,7 @@ def test_a_run_without_steps_is_listed_with_what_its_events_say(tmp_path: Path) 
     core.changed.note(["saves"])
     rows = {row["run_id"]: row for row in ask(table)["runs"]}
     states = {run_id: row["state"] for run_id, row in rows.items()}
-    assert states == {"hangs": "waiting", "failed": "failed", "half": "live", "saves": "silent"}
+    assert states == {"hangs": "waiting", "failed": "failed", "half": "live", "saves": "waiting"}
     assert (rows["hangs"]["host"], rows["hangs"]["experiment"]) == ("node-3", "digits")
     assert rows["failed"]["outcome"] == "ValueError"
     assert [(rank["rank"], rank["state"], rank["last_step"]) for rank in rows["half"]["ranks"]] == [

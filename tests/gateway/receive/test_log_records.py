@@ -123,6 +123,8 @@ def test_very_many_events_at_once_are_refused_without_being_built(monkeypatch: p
     monkeypatch.setattr(log_records, "_MOST_AT_ONCE", 5)
     monkeypatch.setattr(log_records, "_event", lambda *_: pytest.fail("built"))
     assert decoded(request("run", range(1, 7))).refused == {log_records.TOO_MANY_AT_ONCE: 6}
+    monkeypatch.setattr(log_records, "_MOST_ATTRIBUTES", 11)  # each has four
+    assert decoded(request("run", range(1, 4))).refused == {log_records.TOO_MANY_AT_ONCE: 3}
 
 
 def test_what_costs_more_than_it_should_is_refused_in_words() -> None:
