@@ -476,9 +476,9 @@ class Core(PullCore):
         return {*self._events.run_ids(), *self._hours.runs_with_phases()}
 
     def _early_states(self, run_id: str, *, has_steps: bool) -> list[RunState]:
-        now_ns = self._clock_ns()
-        found = self._events.states(run_id, now_ns)
-        return found if found or has_steps else self._hours.states(run_id, now_ns)
+        now_s = self._clock_ns() / 1e9
+        found = self._events.states(run_id, now_s)
+        return found if found or has_steps else self._hours.states(run_id, now_s)
 
     def _accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
         return self._hours.accounting(run_id)

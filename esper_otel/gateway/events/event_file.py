@@ -36,11 +36,10 @@ CREATE UNIQUE INDEX IF NOT EXISTS events_by_number ON events (run, rank, attempt
 """
 _RUNS = "SELECT id, run, life, last, tenant, received FROM runs"
 _COUNTED = """
-SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*), max(position), max(time) FROM events
-GROUP BY 1, 2, 3
+SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*), max(position) FROM events GROUP BY 1, 2, 3
 """
-_ENDED = "SELECT run, rank, attempt, content FROM events WHERE content LIKE ?"
 _MOST_POSITION, _MOST_NUMBER = 2**62, 2**53
+_ENDED = "SELECT run, rank, attempt, content FROM events WHERE content LIKE ?"
 _STRANGE = "it has rows that a gateway cannot have written"
 _AFTER = """
 SELECT position, rank, attempt, process, number, missed, time, content FROM events
@@ -100,14 +99,14 @@ class EventfulProcess(NamedTuple):
     Attributes:
         attempt: its attempt.
         rank: its rank.
-        newest_unix_ns: when its newest event happened.
+        silent_s: for how long no event of its run has arrived, while a gateway was running.
         ended: how it ended; None if no event says so.
         sender: who it is; None if it has sent no event since this gateway began.
     """
 
     attempt: int
     rank: int
-    newest_unix_ns: int
+    silent_s: float
     ended: str | None
     sender: PointSender | None
 
@@ -138,7 +137,6 @@ class _EventfulRun:
         received_s: when its newest event arrived, by the age of the store.
         count: how many events it has.
         numbers: of each rank and attempt, the highest number, and how many numbers there are.
-        newest: of each, the newest time of an event, in Unix nanoseconds.
         ended: of each that has said so, how it ended.
         senders: of each that has sent events since this gateway began, who it is.
     """
@@ -150,7 +148,6 @@ class _EventfulRun:
     received_s: float
     count: int = 0
     numbers: dict[_Numbered, tuple[int, int]] = field(default_factory=dict)
-    newest: dict[_Numbered, int] = field(default_factory=dict)
     ended: dict[_Numbered, str] = field(default_factory=dict)
     senders: dict[_Numbered, PointSender] = field(default_factory=dict)
 
@@ -199,14 +196,13 @@ class EventFile:
                 raise sqlite3.DatabaseError(_STRANGE)
             # An earlier version noted Unix time; and after a kill, the store's age may be behind.
             runs[run] = by_id[number] = _EventfulRun(number, life, last, tenant, min(received_s, self._age_s()))
-        for number, rank, attempt, highest, distinct, count, position, newest in connection.execute(_COUNTED):
-            if {*map(type, (rank, attempt, highest, position, newest))} != {int} or highest < distinct:
+        for number, rank, attempt, highest, distinct, count, position in connection.execute(_COUNTED):
+            if not type(rank) is type(attempt) is type(highest) is type(position) is int or highest < distinct:
                 raise sqlite3.DatabaseError(_STRANGE)
             if number in by_id:
                 if position > by_id[number].last:  # it would be given again
                     raise sqlite3.DatabaseError(_STRANGE)
                 by_id[number].numbers[rank, attempt] = highest, distinct
-                by_id[number].newest[rank, attempt] = newest
                 by_id[number].count += count
         for number, rank, attempt, content in connection.execute(_ENDED, (f'["{RUN_ENDED}",%',)):
             event = _event_of((0, 0, 0, "", 1, 0, 0), content)
@@ -248,13 +244,7 @@ class EventFile:
         run = self._runs.get(run_id)
         if run is None:
             return None
-        return replace(
-            run,
-            numbers=dict(run.numbers),
-            newest=dict(run.newest),
-            ended=dict(run.ended),
-            senders=dict(run.senders),
-        )
+        return replace(run, numbers=dict(run.numbers), ended=dict(run.ended), senders=dict(run.senders))
 
     def _restore(self, before: Mapping[str, _EventfulRun | None]) -> None:
         """Forgets what was not stored after all: a cursor must not be past events that come when they are repeated."""
@@ -288,7 +278,6 @@ class EventFile:
             highest, count = run.numbers.get((of.rank, of.attempt), (0, 0))
             run.numbers[of.rank, of.attempt] = max(highest, event.number), count + 1
             missed = max(event.number - 1 - highest, 0)
-            run.newest[of.rank, of.attempt] = max(event.time_unix_ns, run.newest.get((of.rank, of.attempt), 0))
             run.senders[of.rank, of.attempt] = event.sender
             if event.name == RUN_ENDED:
                 run.ended[of.rank, of.attempt] = _outcome(event.attributes)
@@ -360,13 +349,14 @@ class EventFile:
         return {*self._runs}
 
     def processes(self, run_id: str) -> list[EventfulProcess]:
-        """Returns the processes of a run that have sent events."""
+        """Returns the processes of a run that have sent events, by attempt and rank."""
         run = self._runs.get(run_id)
         if run is None:
             return []
+        silent_s = max(self._age_s() - run.received_s, 0.0)
         return [
-            EventfulProcess(attempt, rank, newest, run.ended.get((rank, attempt)), run.senders.get((rank, attempt)))
-            for (rank, attempt), newest in sorted(run.newest.items())
+            EventfulProcess(attempt, rank, silent_s, run.ended.get((rank, attempt)), run.senders.get((rank, attempt)))
+            for attempt, rank in sorted((attempt, rank) for rank, attempt in run.numbers)
         ]
 
     def missing(self) -> int:

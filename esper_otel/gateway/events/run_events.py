@@ -19,7 +19,7 @@ _AT_ONCE = 100  # stored in one transaction
 _MOST_SHOWN = 500  # on the page
 _IDLE_S = 24 * 3600.0
 # A process says nothing between its start and its first step. After so long without an event, it may be dead.
-_LONG_START_NS = 1_800 * 10**9
+_LONG_START_S = 1_800.0
 _FORGOTTEN_AT_ONCE = 10_000  # deleting more would block the event loop for too long
 
 
@@ -101,9 +101,9 @@ class RunEvents:
         """Returns the runs that have events."""
         return self._file.run_ids()
 
-    def states(self, run_id: str, now_ns: int) -> list[RunState]:
+    def states(self, run_id: str, now_s: float) -> list[RunState]:
         """Returns the state of each process that has sent events, as far as these tell it: nothing of its steps."""
-        return [_state(run_id, process, now_ns) for process in self._file.processes(run_id)]
+        return [_state(run_id, process, now_s) for process in self._file.processes(run_id)]
 
     @property
     def damaged(self) -> int:
@@ -147,7 +147,7 @@ class RunEvents:
         self._file.close()
 
 
-def _state(run_id: str, process: EventfulProcess, now_ns: int) -> RunState:
+def _state(run_id: str, process: EventfulProcess, now_s: float) -> RunState:
     sender = process.sender
     return RunState(
         Origin(run_id, process.attempt, process.rank),
@@ -156,9 +156,9 @@ def _state(run_id: str, process: EventfulProcess, now_ns: int) -> RunState:
         None,
         None,
         0,
-        process.newest_unix_ns,
+        int((now_s - process.silent_s) * 1e9),
         ended=process.ended,
-        is_silent=now_ns - process.newest_unix_ns > _LONG_START_NS,
+        is_silent=process.silent_s > _LONG_START_S,
         host="" if sender is None else sender.host,
         revision="" if sender is None else sender.revision,
         settings="" if sender is None else sender.settings,

@@ -38,8 +38,8 @@ _FIELDS = {
     "esper.phase.step": "step",
 }
 _MOST_PHASES = 1_000  # that are shown
-_SILENT_NS = 60 * 10**9
 _LONGEST_MS = 1e12  # of a step that is said to have taken longer, the sums would be infinite
+_SILENT_S = 120.0  # a time of phases is known to about a minute
 
 
 class _RunAccounts:
@@ -200,15 +200,16 @@ class Hours:
         """Returns the runs of which phases are stored."""
         return self._file.runs_with_phases()
 
-    def states(self, run_id: str, now_ns: int) -> list[RunState]:
+    def states(self, run_id: str, now_s: float) -> list[RunState]:
         """Returns the state of each process that has phases, as far as these tell it: nothing of its steps."""
+        silent_s, processes = self._file.processes(run_id)
         return [
             RunState(
                 Origin(run_id, process.attempt, process.rank),
-                *(1, "", None, None, 0, newest_ns),
-                is_silent=now_ns - newest_ns > _SILENT_NS,
+                *(1, "", None, None, 0, int((now_s - silent_s) * 1e9)),
+                is_silent=silent_s > _SILENT_S,
             )
-            for process, newest_ns in self._file.processes(run_id).items()
+            for process in processes
         ]
 
     def _begin(self, run_id: str) -> Generator[None, None, _RunAccounts]:

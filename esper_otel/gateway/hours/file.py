@@ -22,10 +22,11 @@ FILE = "hours.sqlite3"
 _MOST_PHASES = 20_000  # of a run; the oldest are dropped first, but never the newest of a name, which has the totals
 _FEWER = 19_000
 _MOST_NEWEST = 100_000  # of a run, with those that have the totals: then the oldest attempts' are dropped as well
-_PROCESSES = "SELECT rank, attempt, max(ended) FROM phases WHERE run = ? GROUP BY 1, 2 LIMIT ?"
+_PROCESSES = "SELECT DISTINCT rank, attempt FROM phases WHERE run = ? LIMIT ?"
 _MOST_PROCESSES = 1_024
 _AT_ONCE = 250  # rows
 _NOTED_EVERY_S = 60.0
+_LONGEST_SILENCE_S = 1e8  # some years
 _MOST_RANK = 2**31
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS phases (
@@ -244,10 +245,14 @@ class HoursFile:
         """Returns the runs of which phases are stored, without reading the file."""
         return {run_id for run_id, sender in self._senders.items() if sender.count}
 
-    def processes(self, run_id: str) -> dict[AttemptRank, int]:
-        """Returns the processes of a run that have phases, with the newest end of one, in Unix nanoseconds."""
+    def processes(self, run_id: str) -> tuple[float, list[AttemptRank]]:
+        """Returns for how long no phase of a run has arrived, in seconds, to about a minute, and whose they are."""
+        sender = self._senders.get(run_id)
+        if sender is None:
+            return 0.0, []
         rows = self._file.rows(_PROCESSES, (run_id, _MOST_PROCESSES))
-        return {AttemptRank(*row[:2]): row[2] for row in rows if {*map(type, row)} == {int}}
+        silent_s = min(max(self._age_s() - sender.received_s, 0.0), _LONGEST_SILENCE_S)
+        return silent_s, [AttemptRank(*row) for row in rows if set(map(type, row)) == {int}]
 
     def accounts(self, run_id: str) -> Generator[None, None, StoredAccounts | None]:
         """Returns the sums over the steps of a run, as they were when they were stored last, in parts."""

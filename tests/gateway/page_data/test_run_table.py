@@ -188,7 +188,7 @@ def test_a_run_without_steps_is_listed_with_what_its_events_say(tmp_path: Path) 
     core.changed.note(["saves"])
     rows = {row["run_id"]: row for row in ask(table)["runs"]}
     states = {run_id: row["state"] for run_id, row in rows.items()}
-    assert states == {"hangs": "waiting", "failed": "failed", "half": "live", "saves": "silent"}
+    assert states == {"hangs": "waiting", "failed": "failed", "half": "live", "saves": "waiting"}
     assert (rows["hangs"]["host"], rows["hangs"]["experiment"]) == ("node-3", "digits")
     assert rows["failed"]["outcome"] == "ValueError"
     assert [(rank["rank"], rank["state"], rank["last_step"]) for rank in rows["half"]["ranks"]] == [
