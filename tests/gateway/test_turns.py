@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -153,7 +154,7 @@ def test_what_is_beside_steps_is_taken_in_short_turns(turns: list[float], tmp_pa
     requests = [beside.lives("rogue-", 30_000), beside.phases("rogue", 0, 10_000)]
 
     async def scenario() -> None:
-        core = Core(FileStore(tmp_path))
+        core = Core(FileStore(Path(mkdtemp(dir=tmp_path))))  # each try has its own
         core.start()
         await asyncio.sleep(0)
         turns.clear()
