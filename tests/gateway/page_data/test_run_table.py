@@ -97,6 +97,9 @@ def test_a_run_that_was_dropped_goes_and_a_check_never_comes(monkeypatch: pytest
     assert core._store.expire()
     after = ask(table, before["cursor"])
     assert after["gone"] == ["old"]
+    monkeypatch.setattr(run_table, "_ALL_EVERY_S", 1e9)  # not only when all are compared
+    publish(core, new_check_id(), 1)
+    assert ask(table, after["cursor"])["runs"] == []
     assert [row["run_id"] for row in ask(table)["runs"]] == ["new"]
 
 
