@@ -180,6 +180,7 @@ class HoursFile:
     def _add(self, some: Sequence[ReceivedPhase], tenant: str) -> int:
         opened, refused = self._file.connection, 0
         taken: list[_PhasesOfRun] = []
+        noted_s: list[tuple[_PhasesOfRun, float]] = []
         now_s = self._age_s()
         try:
             with self._file.transaction() as connection:
@@ -197,6 +198,7 @@ class HoursFile:
                             connection.execute(_REMOVE, row[:5])
                             refused += 1
                     if run_id in self._senders and now_s - sender.received_s > _NOTED_EVERY_S:
+                        noted_s.append((sender, sender.received_s))
                         sender.received_s = now_s
                         connection.execute(
                             "INSERT OR REPLACE INTO senders VALUES (?, ?, ?)", (run_id, sender.tenant, now_s)
@@ -204,8 +206,9 @@ class HoursFile:
         except BaseException:
             for sender in taken if self._file.connection is opened else ():  # otherwise another file was begun
                 sender.count -= 1
-                sender.received_s = -math.inf
                 self.places.give_back(sender.tenant, 1)
+            for sender, before_s in noted_s:
+                sender.received_s = before_s
             raise
         return refused
 

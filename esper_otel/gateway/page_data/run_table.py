@@ -19,6 +19,7 @@ from esper_otel.frames.frame import FINE, GUESSED_STEP
 from esper_otel.gateway.changes import ChangedRuns
 from esper_otel.gateway.items import Origin, RunState, RunStatus
 from esper_otel.gateway.store.base import StoredPage
+from esper_otel.schema import is_check
 
 LIVE, SILENT, WAITING, NO_STEPS = "live", "silent", "waiting", "no steps"
 COMPLETED, ENDED, FAILED, KILLED = "completed", "ended", "failed", "killed"
@@ -129,7 +130,9 @@ class RunTable:
         return f'{json.dumps(head)[:-1]}, "runs": [{", ".join(texts)}]}}'
 
     def _make(self, run_id: str) -> None:
-        """Makes a run's row, if it is known and no run of a check."""
+        """Makes a run's row, if it is known and not from a check."""
+        if is_check(run_id):  # what has changed may be a check's
+            return
         known = self._runs.shown_state(run_id)
         if not known.states:
             return

@@ -401,12 +401,14 @@ class FileStore(RunStore[FileRun]):
         """Renames the damaged file, without changing it, and creates a new one."""
         if hasattr(self, "_connection"):
             self._connection.close()
+        before_s = self._age_before_s
         try:
             aside = moved_aside(self._path)
             connection = opened(self._path, read_only=False)
             self._runs, self._ledger, self._bodies, self._received = {}, Ledger(), [], {}
             self._use(connection)
             self._load()
+            self._age_before_s = before_s  # events and phases are in other files, and noted by this age
         except (OSError, sqlite3.Error, DamagedStore) as error:
             raise StoreFull(f"the store is damaged ({damage}) and a new one cannot be created: {error}") from error
         self.damaged["store"] += 1

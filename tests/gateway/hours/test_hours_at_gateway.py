@@ -302,6 +302,23 @@ def test_phases_of_runs_without_steps_are_abandoned_when_they_are_silent() -> No
     kept.close()
 
 
+def test_the_phases_of_a_run_without_steps_survive_a_full_disk() -> None:
+    """They once counted as abandoned from then on, and were deleted before their sender came back."""
+    clock = [1_000.0]
+    kept = HoursFile(None, Limits(), Warnings(), lambda: clock[0])
+    finished(kept.adding(received("run", 1)))
+    connection = kept._file.connection
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {pages}")
+    clock[0] += 100.0
+    with pytest.raises(StoreFull):
+        finished(kept.adding(received("run", *range(2, 1_000))))
+    assert kept.abandoned(set().__contains__, 3_600.0) == []
+    clock[0] += 3_600.0
+    assert kept.abandoned(set().__contains__, 3_600.0) == ["run"]
+    kept.close()
+
+
 def test_steps_are_not_lost_when_their_phases_cannot_be_stored(tmp_path: Path) -> None:
     """The sender repeats the request: nothing of it may count as taken before."""
     core = Core(FileStore(tmp_path))

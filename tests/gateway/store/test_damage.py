@@ -297,8 +297,14 @@ def test_a_trigger_in_the_file_does_nothing(tmp_path: Path) -> None:
 
 
 def test_damage_that_shows_while_it_runs_ends_no_gateway(tmp_path: Path) -> None:
-    """The next request is stored, in a new file."""
-    store = FileStore(tmp_path)
+    """The next request is stored, in a new file; its age does not jump, by which other files know what is old."""
+    clock = [1_000.0]
+    FileStore(tmp_path, clock=lambda: clock[0]).close()
+    with closing(sqlite3.connect(tmp_path / FILE)) as connection:
+        connection.execute("UPDATE age SET seconds = 5e6")
+        connection.commit()
+    store = FileStore(tmp_path, clock=lambda: clock[0])
+    clock[0] += 60.0
     store.add([item(step) for step in range(1, 2_000)])
     store._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     with (tmp_path / FILE).open("r+b") as file:
@@ -309,6 +315,7 @@ def test_damage_that_shows_while_it_runs_ends_no_gateway(tmp_path: Path) -> None
         store.add([item(step)])
     assert store.damaged["store"] == 1
     assert steps_of(store)[-1] == 2_099
+    assert store.age_s() == 5e6 + 60.0
     store.close()
 
 
