@@ -118,6 +118,12 @@ class Chunk:
         layout.number = number
         layout.chunk = self  # the last thing: an interrupt before it has no effect
 
+    def forget_layouts(self) -> None:
+        """Lets the layouts used here last forget this chunk: they are kept for later steps, and would keep it alive."""
+        for layout in self.layouts:
+            if layout.chunk is self:
+                layout.chunk = None
+
     def seeds_number(self, ids: tuple[str, ...], columns: int) -> int:
         """Returns the number of these ids in this chunk."""
         number = len(self.widths) - 1

@@ -289,8 +289,7 @@ def chunks_in(content: bytes, stored: StoredContext) -> Iterator[Chunk]:
                 break
             chunk.put(content[row.start : row.end], row.layout, row.seeds, row.retired)
             row = next(rows, None)
-        for layout in chunk.layouts:
-            layout.chunk = None  # so that the two do not keep each other alive
+        chunk.forget_layouts()
         yield chunk
 
 

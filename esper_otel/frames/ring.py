@@ -135,6 +135,8 @@ class Ring:
         chunk = Chunk(run, self.last + 1, capacity, live if since <= self.last else before, memory)
         self._chunk = None  # until the two agree again
         self._chunks = [*chunks[drop:], chunk]  # another list: readers go on with theirs
+        for dropped in chunks[:drop]:
+            dropped.forget_layouts()
         self._chunk = chunk
         return chunk
 

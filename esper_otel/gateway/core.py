@@ -182,7 +182,6 @@ class Core(PullCore):
         taking = self._taking(decoded, received_unix_ns, tenant)
         self.changed.note(block.sender.run.run_id for block in decoded.blocks)
         self.changed.note(end.sender.run.run_id for end in decoded.ended)
-        self.changed.note(sender.run.run_id for sender in decoded.alive)
         return taking, KeptRequest(0, body, is_json, received_unix_ns, tenant)
 
     def _taking(self, decoded: DecodedRequest, received_unix_ns: int, tenant: str) -> Generator[None, None, Acceptance]:
@@ -203,6 +202,7 @@ class Core(PullCore):
 
     def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:
         """Stores the frames that a request completes, and the request's bytes for frames that still wait."""
+        self.changed.note(origin.run_id for origin in taken.alive)
         now_s = time.monotonic()
         few = turn if turn is ENDLESS else Turn(self._releasing_s)
         items = self._assembler.release(now_s, few, of_all=False)

@@ -36,7 +36,7 @@ from esper_otel.gateway.ranks import Ranks, RecentSteps
 from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.security import BadRequest, Grant, check_puller
 from esper_otel.gateway.store.base import Store, StoredFrame, StoredPage
-from esper_otel.gateway.turns import finished, in_turns
+from esper_otel.gateway.turns import at_half_speed, finished
 from esper_otel.hours.account import Account
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline import messages
@@ -325,7 +325,7 @@ class PullCore(ABC):
             BadRequest, NotAllowed, UnknownRun: there is nothing to show.
         """
         check_puller(request.run_id, grant)
-        view = await in_turns(self._ranks.viewing(request.run_id, request.steps))
+        view = await at_half_speed(self._ranks.viewing(request.run_id, request.steps))
         if view is None:
             raise UnknownRun(f"no newest steps of run {request.run_id!r} are here")
         return view
@@ -341,8 +341,8 @@ class PullCore(ABC):
             BadRequest, NotAllowed, UnknownRun: there is nothing to show.
         """
         check_puller(request.run_id, grant)
-        hours, accounts = await in_turns(self._accounting(request.run_id))
-        return await in_turns(hours_message(hours, accounts if request.with_accounts else NO_ACCOUNTS))
+        hours, accounts = await at_half_speed(self._accounting(request.run_id))
+        return await at_half_speed(hours_message(hours, accounts if request.with_accounts else NO_ACCOUNTS))
 
     async def run_hours(self, run_id: str) -> RunHours:
         """Does the same, as plain values.
@@ -350,7 +350,7 @@ class PullCore(ABC):
         Raises:
             UnknownRun: nothing of the run is here.
         """
-        return (await in_turns(self._accounting(run_id)))[0]
+        return (await at_half_speed(self._accounting(run_id)))[0]
 
     @abstractmethod
     def _accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
@@ -373,7 +373,7 @@ class PullCore(ABC):
                 found = self._events.after(request.run_id, request.cursor, rank, request.max_events or _USUAL_EVENTS)
                 is_over = self._is_ending or time.monotonic() >= deadline_s
                 if found is not None and (found.events or is_over):
-                    return await in_turns(events_message(found))
+                    return await at_half_speed(events_message(found))
             if is_over and self._store.holds(request.run_id):
                 return EventsResponse(cursor=request.cursor)
             if is_over:

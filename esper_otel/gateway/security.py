@@ -231,8 +231,8 @@ def check_senders(decoded: DecodedRequest, grant: Grant) -> None:
         NotAllowed: the request contains such data.
     """
     of_all = (decoded.blocks, decoded.markers, decoded.ended, decoded.cut, decoded.phases)
-    senders = {each.sender for some in of_all for each in some} | {*decoded.alive}
-    check_runs({sender.run.run_id for sender in senders}, grant)
+    run_ids = {each.sender.run.run_id for some in of_all for each in some}
+    check_runs(run_ids | {sender.run.run_id for sender in decoded.alive}, grant)
 
 
 def check_runs(run_ids: Iterable[str], grant: Grant) -> None:

@@ -58,7 +58,7 @@ def scalar(name: str, value: object) -> float | Tensor:
         _check_shape(name, "an array", value.shape)
         if value.dtype.kind not in "biuf":
             raise InvalidValue(name, f"{value.dtype} {value!s} is not one real number; give a float")
-        return float(value.item())
+        return math.nan if getattr(value, "mask", False) else float(value.item())  # a masked item is 0.0
     if isinstance(value, numbers.Real | Decimal):
         return _of_number(value)
     if isinstance(value, numbers.Complex):

@@ -202,7 +202,7 @@ class FramePublisher:
     def _bound_waiting(self) -> None:
         """Publishes the first waiting steps without their device values while the steps take up too much memory."""
         lost = 0
-        while len(self.waiting) > 1 and sum([_bytes_of(draft) for draft, _ in self.waiting]) > MOST_WAITING_BYTES:
+        while len(self.waiting) > 1 and self._waiting_bytes() > MOST_WAITING_BYTES:
             if not self._draining.acquire(timeout=_DRAINING_TIMEOUT_S):
                 break
             try:
@@ -218,6 +218,10 @@ class FramePublisher:
                 self.counters.without_device_values,
                 MOST_WAITING_BYTES >> 20,
             )
+
+    def _waiting_bytes(self) -> int:
+        """About how much memory the waiting steps take. Of a copy: another thread may publish one meanwhile."""
+        return sum([_bytes_of(draft) for draft, _ in self.waiting.copy()])
 
     def _publish_anyhow(self) -> bool:
         """Publishes the first waiting step; returns whether its device values have not arrived, and are not in it."""

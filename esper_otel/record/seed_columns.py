@@ -148,6 +148,8 @@ def _numbers(field: str, column: object, count: int) -> npt.NDArray[np.float64] 
         column = column.detach()
     try:
         numbers = np.asarray(column)
+        if hasattr(column, "mask"):  # a masked array: under the mask, there may be anything
+            numbers = np.where(column.mask, ABSENT, numbers)
         if numbers.dtype.kind not in "fiub":
             numbers = np.array([np.nan if item is None else item for item in column], np.float64)  # type: ignore[attr-defined] # TypeError is the answer
     except (TypeError, ValueError, RuntimeError) as error:

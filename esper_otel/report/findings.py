@@ -351,6 +351,13 @@ def stage_name(number: float) -> str:
     return _STAGES.get(number) or f"stage {number:g}"
 
 
+def _typical(name: str, values: Sequence[float]) -> float:
+    """Returns the mean; of a rate that of the times, since a few very quick steps would outweigh all others."""
+    if name == "samples_per_s" and min(values) > 0:
+        return 1 / _mean(1 / value for value in values)
+    return _mean(values)
+
+
 def compared(one: Recording, other: Recording) -> list[Finding]:
     """Compares two runs at the steps that both have, and names the values of the other that are not finite."""
     name_of_other = names_of(one, other)[1]
@@ -372,7 +379,7 @@ def compared(one: Recording, other: Recording) -> list[Finding]:
         both = [(step, mine[name], theirs[name]) for step, mine, theirs in pairs if _finite(name, mine, theirs)]
         if len(both) >= 2:
             tail = both[-max(len(both) // 5, 1) :]
-            mine, theirs = _mean(each[1] for each in tail), _mean(each[2] for each in tail)
+            mine, theirs = (_typical(name, [each[place] for each in tail]) for place in (1, 2))
             is_better = (mine < theirs) == (better == "lower")
             word = "the same" if mine == theirs else "better" if is_better else "worse"
             is_whole = both[-1][0] == max(step for step, *values in pairs if all(name in each for each in values))

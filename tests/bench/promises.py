@@ -568,13 +568,10 @@ SECTIONS = (
 
 
 def in_its_own_process(section: Callable[[], list[Row]]) -> list[Row]:
-    """The rows of a section, printed as it ends; memory and collections do not carry over to the next one."""
+    """The rows of a section; memory and collections do not carry over to the next one."""
     command = [sys.executable, __file__, "--section", section.__name__]
     process = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    rows = [Row(*row) for row in json.loads(process.stdout)]
-    for row in rows:
-        print(" | ".join(map(str, row)), flush=True)
-    return rows
+    return [Row(*row) for row in json.loads(process.stdout)]
 
 
 def main() -> int:

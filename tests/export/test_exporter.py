@@ -113,7 +113,7 @@ def test_an_endpoint_that_refuses_all_steps_hears_how_many(monkeypatch: pytest.M
             for count in (1.0, 2.0):
                 telemetry.record_step({"loss": 1.0}, epoch=0)
                 assert collector.wait_for(lambda _, last=count: dropped()[-1:] == [last])  # type: ignore[misc]
-            assert dropped() == [1.0, 2.0]
+            assert {*dropped()} == {1.0, 2.0}  # counts may be said again
 
 
 def test_steps_of_one_period_go_in_one_request_whatever_their_seeds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import threading
 import tracemalloc
 from collections import Counter
 from collections.abc import Mapping
+from weakref import ReferenceType, ref
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from interrupts import interrupted
 from esper_otel.frames import block as block_module
 from esper_otel.frames import ring as ring_module
 from esper_otel.frames import row_memory
+from esper_otel.frames.block import Chunk
 from esper_otel.frames.frame import NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import Layout
 from esper_otel.frames.live_seeds import LiveSeeds
@@ -324,6 +326,24 @@ def test_memory_is_used_again_but_not_while_a_reader_has_it(kind: str, monkeypat
     frames, _ = ring.after(ring.first - 1, 8_000)
     assert [frame.seeds.cells[0, 0] for frame in frames] == [float(frame.sequence) for frame in frames]
     assert len(taken) < 2 * (256 + 60)  # of 533 chunks, two for each
+
+
+def test_names_that_come_seldom_keep_no_chunk_that_was_dropped() -> None:
+    """Their layouts are kept for the steps to come: of a name for each epoch, each kept up to 1 MiB of old rows."""
+    ring, usual = Ring(2**16), Layout((), (), (), tuple(map(str, range(40))))
+    layouts, chunks = list[Layout](), list[ReferenceType[Chunk]]()
+    for epoch in range(40):
+        layouts.append(Layout((), (), (), (f"epoch{epoch}",)))
+        ring.append(RUN, ring.last + 1, 0, 1, layouts[-1], (1.0,))
+        chunks.append(ref(ring._chunks[-1]))
+        for _ in range(100):
+            ring.append(RUN, ring.last + 1, 0, 1, usual, (1.0,) * 40)
+    gc.collect()
+    assert sum(chunk() is not None for chunk in chunks) < 5
+    ring.append(RUN, ring.last + 1, 0, 1, layouts[0], (0.5,))
+    newest = ring.newest()
+    assert newest is not None
+    assert newest.recorded == {"epoch0": 0.5}
 
 
 def test_its_size_is_the_memory_that_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:

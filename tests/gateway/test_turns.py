@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from esper_otel.gateway.page_data.view_cache import TURN_S, Views
 from esper_otel.gateway.ranks import Ranks, _RunSteps
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
 from esper_otel.gateway.receive.request import TOO_MANY_METRICS, TOO_MANY_SEEDS, TOO_SPARSE
+from esper_otel.gateway.security import Grant
 from esper_otel.gateway.store.base import StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
@@ -152,13 +154,13 @@ def test_what_is_beside_steps_is_taken_in_short_turns(turns: list[float], tmp_pa
     requests = [beside.lives("rogue-", 30_000), beside.phases("rogue", 0, 10_000)]
 
     async def scenario() -> None:
-        core = Core(FileStore(tmp_path))
+        core = Core(FileStore(Path(mkdtemp(dir=tmp_path))))  # each try has its own
         core.start()
         await asyncio.sleep(0)
         turns.clear()
         try:
             for body in requests:
-                assert await core.take(body) == (0, "")
+                assert await core.take(body, grant=Grant("rogue", "rogue")) == (0, "")
             assert len((await core.run_hours("rogue")).run.parts) < 100
             page = await core.hours(HoursRequest(run_id="rogue", with_accounts=True))
             assert len(page.phases) == 1_000

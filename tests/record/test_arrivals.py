@@ -85,6 +85,24 @@ def test_steps_that_wait_for_what_never_comes_are_published_without_it_before_th
         assert publisher.ring.last == 200
 
 
+def test_steps_may_arrive_while_the_memory_of_those_that_wait_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread takes a step from the queue just then."""
+    bytes_of = frame_publisher._bytes_of
+    with esper_otel.start(run_id="run") as telemetry:
+        publisher = telemetry._recorder.publisher
+        for step in range(1, 4):
+            publisher.publish_later(draft(step), Late(0.2 * step))
+
+        def published_meanwhile(waiting: Draft) -> int:
+            if publisher.ring.last == 0:
+                assert until("published", lambda: publisher.ring.last > 0)
+            return bytes_of(waiting)
+
+        monkeypatch.setattr(frame_publisher, "_bytes_of", published_meanwhile)
+        publisher.publish_later(draft(4), None)
+        assert until("all published", lambda: publisher.ring.last == 4)
+
+
 def test_a_step_that_another_thread_publishes_is_not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The training thread looks at the live seeds while the row is on its way to the ring."""
     with esper_otel.start(run_id="run") as telemetry:

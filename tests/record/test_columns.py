@@ -57,6 +57,18 @@ def test_wrong_columns_are_mistakes(
         SeedColumns(lambda table: False).table(ids, columns)
 
 
+@pytest.mark.parametrize("mask", [[False, True], True, False])
+def test_what_is_masked_is_absent(mask: Any) -> None:
+    """Under the mask, there may be anything."""
+    ids, columns = ["a", "b"], {"alpha": np.ma.array([0.25, 7.0], mask=mask), "layer_depth": np.ma.array([1, 2])}
+    absent = np.broadcast_to(mask, 2)
+    expected = {
+        seed_id: {"layer_depth": depth} if is_absent else {"alpha": alpha, "layer_depth": depth}
+        for seed_id, alpha, depth, is_absent in zip(ids, (0.25, 7.0), (1.0, 2.0), absent, strict=True)
+    }
+    assert plain(SeedColumns(lambda table: False).table(ids, columns)) == plain(table(expected))
+
+
 def test_a_column_may_be_part_of_a_graph() -> None:
     """A seed's alpha is often a parameter: its values are taken, and the graph is left alone."""
     torch = pytest.importorskip("torch")

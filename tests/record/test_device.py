@@ -70,7 +70,14 @@ def test_any_one_real_number_is_read(given: object, expected: float) -> None:
     assert (type(value), value) == (float, expected)
 
 
-@pytest.mark.parametrize("given", [Decimal("nan"), Decimal("sNaN"), torch.tensor(math.nan), np.float32(math.nan)])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(Decimal("nan"), Decimal("sNaN"), torch.tensor(math.nan), np.float32(math.nan)),
+        np.ma.array([1, 2], mask=True).mean(),  # as float() says, too
+        np.ma.array(0.5, mask=True),
+    ],
+)
 def test_nan_is_a_value(given: object) -> None:
     """Recording keeps it; nothing raises."""
     assert math.isnan(scalar("loss", given))

@@ -178,3 +178,15 @@ def test_the_slow_rank_is_named_with_the_ranks_that_wait_for_it() -> None:
         "Rank 3, most of all in input_wait_ms: a step and its wait take 30 ms, and 22 ms on the others, over steps "
         "1 to 50 of all ranks that are known (4)."
     )
+
+
+def test_a_few_very_quick_steps_do_not_outweigh_the_others() -> None:
+    """As where a busy machine lets some steps through at once: the mean of the rates would be 30 times too high."""
+
+    def with_rates(name: str, rates: list[float]) -> Recording:
+        rows = (StepRow(step, 0, float(step), {"samples_per_s": rate}, {}) for step, rate in enumerate(rates, 1))
+        return Recording(name, 0, 1, "completed", tuple(rows), name)
+
+    one, two = with_rates("one", ([1000.0] * 9 + [300_000.0]) * 10), with_rates("two", [1200.0] * 100)
+    [found] = compared(one, two)
+    assert "samples_per_s at the end: 1111, compared with 1200 (worse)" in found.answer

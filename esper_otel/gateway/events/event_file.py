@@ -206,7 +206,7 @@ class EventFile:
                 by_id[number].numbers[rank, attempt] = highest, distinct
                 by_id[number].count += count
         for number, rank, attempt, content in connection.execute(_ENDED, (f'["{RUN_ENDED}",%',)):
-            event = _event_of((0, 0, 0, "", 0, 0, 0), content)
+            event = _event_of((0, 0, 0, "", 1, 0, 0), content)
             if number in by_id and event is not None:
                 by_id[number].ended[rank, attempt] = _outcome(event.attributes)
         self._runs = runs

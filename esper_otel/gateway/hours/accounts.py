@@ -40,7 +40,6 @@ _FIELDS = {
 _MOST_PHASES = 1_000  # that are shown
 _LONGEST_MS = 1e12  # of a step that is said to have taken longer, the sums would be infinite
 _SILENT_S = 120.0  # a time of phases is known to about a minute
-_MS = 1_000_000
 
 
 class _RunAccounts:

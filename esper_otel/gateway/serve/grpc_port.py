@@ -24,7 +24,7 @@ from esper_otel.gateway.security import Grant, Tokens
 from esper_otel.gateway.serve.connections import Guard
 from esper_otel.gateway.serve.in_flight import Room, RoomShare, Turns
 from esper_otel.gateway.serve.otlp_answers import logs_answer, metrics_answer
-from esper_otel.gateway.turns import in_turns
+from esper_otel.gateway.turns import at_half_speed
 from esper_otel.log import Warnings
 from esper_otel.pull.messages import (
     SERVICE,
@@ -169,7 +169,7 @@ class Rpc:
         return await self._pulled(context, answered)
 
     async def _runs(self, request: RunsRequest, grant: Grant | None) -> RunsResponse:
-        return await in_turns(self._core.listing(grant, request.run_id))
+        return await at_half_speed(self._core.listing(grant, request.run_id))
 
     async def _poll(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from esper_otel.gateway.page_data import run_table
 from esper_otel.gateway.page_data.run_table import RunTable
 from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.receive.log_records import EventRecord
-from esper_otel.gateway.receive.request import PointSender
+from esper_otel.gateway.receive.request import PhasePoint, PointSender
 from esper_otel.gateway.store.base import StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
+from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import finished
 from esper_otel.schema import new_check_id
 
@@ -167,9 +169,9 @@ def test_states(states: Sequence[RunState], of_run: str, of_attempts: list[str])
     assert [attempt["state"] for attempt in row["attempts"]] == of_attempts
 
 
-def test_a_run_without_steps_is_listed_with_what_its_events_say() -> None:
-    """One that hangs, or has failed, before its first step; a rank that lacks its first step, too."""
-    core = Core(MemoryStore(), clock_ns=lambda: TIME_UNIX_NS)
+def test_a_run_without_steps_is_listed_with_what_its_events_say(tmp_path: Path) -> None:
+    """One that hangs, or has failed, before its first step; a rank that lacks its first step; after a restart, too."""
+    core = Core(FileStore(tmp_path), clock_ns=lambda: TIME_UNIX_NS)
     table = RunTable(core, lambda: TIME_UNIX_NS)
 
     def send(run_id: str, name: str, rank: int = 0, **attributes: str) -> None:
@@ -182,17 +184,25 @@ def test_a_run_without_steps_is_listed_with_what_its_events_say() -> None:
     send("failed", "esper.run.ended", 0, **{"esper.outcome": "ValueError"})
     publish(core, "half", 1)
     send("half", "esper.run.started", rank=1)
+    phase = PhasePoint(
+        PointSender(Run("saves", 1)), "esper.phase.length_ms", "checkpoint", TIME_UNIX_NS - 61 * 10**9, 5.0
+    )
+    finished(core._hours.taking([phase], ""))
+    core.changed.note(["saves"])
     rows = {row["run_id"]: row for row in ask(table)["runs"]}
     states = {run_id: row["state"] for run_id, row in rows.items()}
-    assert states == {"hangs": "waiting", "failed": "failed", "half": "live"}
+    assert states == {"hangs": "waiting", "failed": "failed", "half": "live", "saves": "waiting"}
     assert (rows["hangs"]["host"], rows["hangs"]["experiment"]) == ("node-3", "digits")
     assert rows["failed"]["outcome"] == "ValueError"
     assert [(rank["rank"], rank["state"], rank["last_step"]) for rank in rows["half"]["ranks"]] == [
         *((0, "live", 1), (1, "waiting", None)),
     ]
     assert {row["run_id"] for row in ask(RunTable(core, lambda: TIME_UNIX_NS))["runs"]} == {*rows}
-    core._clock_ns = lambda: TIME_UNIX_NS + 3600 * 10**9
-    assert {row["run_id"]: row["state"] for row in ask(RunTable(core))["runs"]}["hangs"] == "silent"
+    core.close()
+    core = Core(FileStore(tmp_path), clock_ns=lambda: TIME_UNIX_NS + 3600 * 10**9)
+    states = {row["run_id"]: row["state"] for row in ask(RunTable(core))["runs"]}
+    assert states == {"hangs": "silent", "failed": "failed", "half": "silent", "saves": "silent"}
+    core.close()
 
 
 def test_what_has_changed_is_bounded() -> None:
