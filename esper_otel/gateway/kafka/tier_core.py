@@ -80,7 +80,7 @@ class TierStore(Store):
 
     def holds(self, run_id: str) -> bool:
         """Whether the run is known."""
-        return run_id in self._known.run_ids()
+        return self._known.has(run_id)
 
     def run_ids(self) -> list[str]:
         """Returns the ids of the runs."""
