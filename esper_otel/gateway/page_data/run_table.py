@@ -296,7 +296,7 @@ def _attempts(states: Sequence[RunState], outcome: str | None, now_ns: int) -> l
         goes_on = [state for state in of_attempt if state.ended is None]
         if attempt == newest[0].origin.attempt:
             state = _run_state(of_attempt, outcome, now_ns)
-        elif any(not each.is_silent and each.last_time_unix_ns >= begun_ns for each in goes_on):
+        elif any(not each.is_silent and each.last_time_unix_ns >= max(begun_ns, 1) for each in goes_on):
             state = LIVE
         else:
             state = KILLED if goes_on or worst is None else state_of(worst)

@@ -156,6 +156,7 @@ def state(attempt: int = 1, rank: int = 0, last: int | None = 5, **more: Any) ->
         ([state(ended="ValueError")], "failed", ["failed"]),
         ([state(ended="SIGTERM")], "killed", ["killed"]),
         ([state(is_silent=True), state(2)], "live", ["killed", "live"]),
+        ([state(last=None), state(2, last=None)], "waiting", ["killed", "waiting"]),  # of events only
         ([state(ended="SIGTERM"), state(2, ended="completed")], "completed", ["killed", "completed"]),
         ([state(), state(rank=1, ended="completed")], "live", ["live"]),
         ([state(is_silent=True), state(rank=1)], "live", ["live"]),
