@@ -250,8 +250,11 @@ def _newest_of_ranks(states: Iterable[RunState]) -> list[RunState]:
 
 
 def _as_of(now_ns: int, state: RunState) -> RunState:
-    """Returns the state; silent if nothing has arrived for long, although the gateway has not run for as long."""
-    is_old = 0 < state.last_received_unix_ns < now_ns - _SILENT_NS
+    """Returns the state; silent if nothing has arrived for long, although the gateway has not run for as long.
+
+    What a process without steps sends besides is rare: when it is silent is in its state.
+    """
+    is_old = state.last_time_unix_ns and 0 < state.last_received_unix_ns < now_ns - _SILENT_NS
     return replace(state, is_silent=True) if is_old and not state.is_silent else state
 
 
