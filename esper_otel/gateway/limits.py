@@ -33,6 +33,10 @@ class SharedPlaces:
         self.used += 1
         return True
 
+    def left(self, tenant: str) -> int:
+        """Returns how many places a tenant can still take."""
+        return max((self.most - self.used - self._of_tenant[tenant] + 1) // 2, 0)
+
     def restore(self, tenant: str, count: int) -> None:
         """Takes ``count`` places that a tenant had before a restart."""
         self._of_tenant[tenant] += count

@@ -38,6 +38,7 @@ _RUNS = "SELECT id, run, life, last, tenant, received FROM runs"
 _COUNTED = """
 SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*), max(position) FROM events GROUP BY 1, 2, 3
 """
+_ROOM_AT_ONCE = 40  # the part of the room that is made at once, since looking for runs takes time
 _MOST_POSITION, _MOST_NUMBER = 2**62, 2**53
 _ENDED = "SELECT run, rank, attempt, content FROM events WHERE content LIKE ?"
 _STRANGE = "it has rows that a gateway cannot have written"
@@ -389,6 +390,30 @@ class EventFile:
         for run_id, run in gone.items():
             del self._runs[run_id]
             self.places.give_back(run.tenant, run.count)
+
+    def make_room(self, runs: Mapping[str, int], is_known: Callable[[str], bool]) -> list[str]:
+        """Forgets runs until there is room, and returns them: first those that are not known, the longest silent first.
+
+        It is for events that nobody can be refused: then old events give way to new ones.
+
+        Args:
+            runs: how many events are to be stored, by run; these runs are not forgotten.
+            is_known: whether steps of a run are stored.
+        """
+        wanted = min(sum(runs.values()), self.places.most // 4)
+        if self.places.left("") >= wanted:
+            return []
+        wanted = max(wanted, self.places.most // _ROOM_AT_ONCE)
+        others = [(is_known(run_id), run.last, run_id) for run_id, run in self._runs.items() if run_id not in runs]
+        gone: list[str] = []
+        count = 0
+        for _, _, run_id in sorted(others):
+            if self.places.left("") + count >= wanted:
+                break
+            gone.append(run_id)
+            count += self._runs[run_id].count
+        self.forget(gone)
+        return gone
 
     @property
     def damaged(self) -> int:

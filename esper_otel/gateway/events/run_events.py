@@ -71,6 +71,17 @@ class RunEvents:
             yield
         return refused
 
+    def make_room(self, events: Sequence[EventRecord], is_known: Callable[[str], bool]) -> None:
+        """Forgets the oldest runs if there is no room for these events, which their sender cannot send again.
+
+        Raises:
+            StoreFull: none was forgotten.
+        """
+        gone = self._file.make_room(Counter(event.sender.run.run_id for event in events), is_known)
+        if gone:
+            message = "there is no room for the events of all runs: those of run %s and %d others were dropped"
+            self._warnings.say("no room", message, gone[0], len(gone) - 1)
+
     def note(self, refused: Mapping[str, int], ignored: int) -> str:
         """Counts what was not taken of a request; returns the refused events in words, empty if there are none."""
         self._counts["ignored_log_records"] += ignored

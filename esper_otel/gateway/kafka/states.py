@@ -118,6 +118,10 @@ class KnownStates:
         """Returns the ids of the runs."""
         return {*self._runs}
 
+    def has(self, run_id: str) -> bool:
+        """Whether the run is known: asked for many runs in a row."""
+        return run_id in self._runs
+
     def _states(self, run_id: str) -> list[RunState]:
         now_ns = self._clock_ns()
         newest: dict[Origin, RunState] = {}

@@ -80,7 +80,7 @@ class TierStore(Store):
 
     def holds(self, run_id: str) -> bool:
         """Whether the run is known."""
-        return run_id in self._known.run_ids()
+        return self._known.has(run_id)
 
     def run_ids(self) -> list[str]:
         """Returns the ids of the runs."""
@@ -416,6 +416,7 @@ class TierCore(PullCore):
         while True:
             records, is_end = await self._events_read.get()
             for offset, logs in records:
+                self._events.make_room(logs.events, self._store.holds)
                 taking = self._events.taking(logs.events, "", offset * _MOST_EVENTS_OF_A_RECORD + 1)
                 refused = await in_turns(taking)
                 refused.update(logs.refused)

@@ -250,8 +250,11 @@ def _newest_of_ranks(states: Iterable[RunState]) -> list[RunState]:
 
 
 def _as_of(now_ns: int, state: RunState) -> RunState:
-    """Returns the state; silent if nothing has arrived for long, although the gateway has not run for as long."""
-    is_old = 0 < state.last_received_unix_ns < now_ns - _SILENT_NS
+    """Returns the state; silent if nothing has arrived for long, although the gateway has not run for as long.
+
+    What a process without steps sends besides is rare: when it is silent is in its state.
+    """
+    is_old = state.last_time_unix_ns and 0 < state.last_received_unix_ns < now_ns - _SILENT_NS
     return replace(state, is_silent=True) if is_old and not state.is_silent else state
 
 
@@ -296,7 +299,7 @@ def _attempts(states: Sequence[RunState], outcome: str | None, now_ns: int) -> l
         goes_on = [state for state in of_attempt if state.ended is None]
         if attempt == newest[0].origin.attempt:
             state = _run_state(of_attempt, outcome, now_ns)
-        elif any(not each.is_silent and each.last_time_unix_ns >= begun_ns for each in goes_on):
+        elif any(not each.is_silent and each.last_time_unix_ns >= max(begun_ns, 1) for each in goes_on):
             state = LIVE
         else:
             state = KILLED if goes_on or worst is None else state_of(worst)

@@ -12,7 +12,7 @@ from esper_otel.parts.senders import is_valid
 
 _MOST_BODY_BYTES = 64 * 1024 * 1024
 _MOST_HOLES, _MOST_UNITS = 1_000, 1_000
-_MOST_TEXT = 4_096  # of a writer's name, in characters
+_MOST_TEXT = 4_096  # of an id or a name, which --limit text_bytes may allow, and of a unit, which may be escaped
 
 
 def _whole(column: str, least: int = 0, bits: int = 53) -> str:
@@ -61,7 +61,7 @@ def is_run(row: tuple[Any, ...]) -> bool:
         type(key) is int
         and all(type(text) is str for text in (run_id, life, tenant))
         and bool(run_id)
-        and is_valid(run_id)
+        and is_valid(run_id, _MOST_TEXT)
         and life.isalnum()
         and type(last) is int
         and 0 <= last < 2**53
@@ -103,7 +103,8 @@ def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
     if len(to_come) > MOST_ENDS or not all(map(_is_end, to_come)):
         raise ValueError("ends of streams that cannot be")
     units = tuple((name, unit) for name, unit in json.loads(said_units))
-    if len(units) > _MOST_UNITS or not all(type(text) is str and is_valid(text) for pair in units for text in pair):
+    said = [text for pair in units for text in pair]
+    if len(units) > _MOST_UNITS or not all(type(text) is str and is_valid(text, _MOST_TEXT) for text in said):
         raise ValueError("units that cannot be")
     origin = Origin(run_id, attempt, rank, writer)
     says = bool(says_step), bool(says_epoch)
@@ -122,4 +123,4 @@ def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
 def _is_end(end: tuple[Any, Any, Any]) -> bool:
     time, seed, column = end
     is_one = type(time) is int and type(seed) is str and type(column) is int
-    return is_one and 0 <= time < 2**64 and -1 <= column < WIDTH and is_valid(seed)
+    return is_one and 0 <= time < 2**64 and -1 <= column < WIDTH and is_valid(seed, _MOST_TEXT)

@@ -114,6 +114,24 @@ def test_a_run_and_a_sender_have_bounded_room_also_after_a_restart(tmp_path: Pat
     file.close()
 
 
+def test_of_a_topic_the_newest_events_have_room() -> None:
+    """Events that nobody sends again: a server that starts reads the oldest first, and has room for some of all."""
+    kept = run_events.RunEvents(None, Limits(all_events=40), Counter(), Warnings(), life="life")
+    got, cursor = [], ""
+    for place in range(100):
+        some = events(f"run-{place}", 1, 2) + (events("goes on", place // 10 + 1) if place % 10 == 0 else [])
+        kept.make_room(some, "goes on".__eq__)
+        assert not finished(kept.taking(some, "", 1_000 * place + 1))
+        found = kept.after("goes on", cursor, None, 10)
+        assert found is not None
+        assert found.gap == 0
+        got += numbers(found)
+        cursor = found.cursor
+    assert got == list(range(1, 11))
+    assert {"run-99", "run-98", "goes on"} < kept.run_ids()
+    assert "run-0" not in kept.run_ids()
+
+
 def test_runs_without_steps_are_abandoned_when_they_are_silent() -> None:
     clock = [1_000.0]
     file = opened(age_s=lambda: clock[0])

@@ -156,6 +156,7 @@ def state(attempt: int = 1, rank: int = 0, last: int | None = 5, **more: Any) ->
         ([state(ended="ValueError")], "failed", ["failed"]),
         ([state(ended="SIGTERM")], "killed", ["killed"]),
         ([state(is_silent=True), state(2)], "live", ["killed", "live"]),
+        ([state(last=None), state(2, last=None)], "waiting", ["killed", "waiting"]),  # of events only
         ([state(ended="SIGTERM"), state(2, ended="completed")], "completed", ["killed", "completed"]),
         ([state(), state(rank=1, ended="completed")], "live", ["live"]),
         ([state(is_silent=True), state(rank=1)], "live", ["live"]),
@@ -199,7 +200,12 @@ def test_a_run_without_steps_is_listed_with_what_its_events_say(tmp_path: Path) 
     ]
     assert {row["run_id"] for row in ask(RunTable(core, lambda: TIME_UNIX_NS))["runs"]} == {*rows}
     core.close()
-    core = Core(FileStore(tmp_path), clock_ns=lambda: TIME_UNIX_NS + 3600 * 10**9)
+    clock = [1_000.0]
+    core = Core(FileStore(tmp_path, clock=lambda: clock[0]), clock_ns=lambda: TIME_UNIX_NS + 3600 * 10**9)
+    clock[0] += 1_700.0  # a start may take long
+    states = {row["run_id"]: row["state"] for row in ask(RunTable(core))["runs"]}
+    assert states == {"hangs": "waiting", "failed": "failed", "half": "waiting", "saves": "silent"}
+    clock[0] += 200.0
     states = {row["run_id"]: row["state"] for row in ask(RunTable(core))["runs"]}
     assert states == {"hangs": "silent", "failed": "failed", "half": "silent", "saves": "silent"}
     core.close()

@@ -28,6 +28,7 @@ from esper_otel.frames.layout import HEAD
 from esper_otel.frames.quarantine import Quarantine
 from esper_otel.frames.records import _FIELDS, DamagedRecord, frames_in
 from esper_otel.gateway.core import Core
+from esper_otel.gateway.items import Origin, Place
 from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.gateway.receive.request import DecodedRequest
 from esper_otel.gateway.serve.metrics import prometheus_text
@@ -319,6 +320,19 @@ def test_damage_that_shows_while_it_runs_ends_no_gateway(tmp_path: Path) -> None
     store.close()
 
 
+def test_long_ids_and_escaped_units_are_not_damage(tmp_path: Path) -> None:
+    """Ids may be as long as --limit text_bytes allows, and a unit is escaped after it was cut."""
+    store = FileStore(tmp_path)
+    origin = Origin("r" * 500, 1, 0)
+    place = Place(origin, 2, 1, 0, says_step=True, says_epoch=False, holes=(), units=(("m" * 500, "\\u202e" * 63),))
+    store.add([item(1, "r" * 500)], places=[place])
+    store.close()
+    store = FileStore(tmp_path)
+    assert [*store.places()] == [place]
+    assert not +store.damaged
+    store.close()
+
+
 def test_a_damaged_index_hides_no_step(tmp_path: Path) -> None:
     """SQLite does not notice by itself: what it looks for in the index is not there, and is taken not to exist."""
     filled(tmp_path, 12)
@@ -397,6 +411,7 @@ def test_a_request_that_fails_when_it_is_processed_again_is_put_aside(
 CRASH = """
 import os, sys
 from esper_otel.gateway.core import Core
+from esper_otel.gateway.items import Origin, Place
 from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.gateway.store.sqlite import FileStore
 Decoder.decode = lambda self, body: os._exit(9)
