@@ -19,6 +19,12 @@ from esper_otel.record.phases import Phases
 from esper_otel.record.values import CopyTime
 from esper_otel.session.telemetry import Telemetry
 
+_LONGEST_HOLD_S = 2.0
+_LATER = (
+    "values put after an evaluation of more than two seconds (%s) are recorded with the next step: "
+    "the step before the evaluation has been recorded; put them before the evaluation"
+)
+
 # For these metrics, a step has the last value; for others, the mean over its batches.
 _OF_THE_STEP = frozenset({"gradient_norm", "esper.optimizer.lr", "esper.optimizer.index"})
 _PLAIN = {Tensor}
@@ -119,8 +125,9 @@ class _Batches:
 
 
 class _Ended(NamedTuple):
-    """A step that is over: its batches, and the durations of its parts."""
+    """A step that is over: its batches, the durations of its parts, and when it was found to be over."""
 
+    since_s: float
     batches: _Batches
     host_ms: dict[str, float]
     device: list[tuple[str, CopyTime]]
@@ -168,11 +175,8 @@ class Loop:
         self.parts: StepParts = StepParts(telemetry._recorder.timer)  # noqa: SLF001 - same package
         self._is_sharded = False
         self._held: _Ended | None = None
-
-    @property
-    def has_held(self) -> bool:
-        """Whether a step has ended and is not recorded yet."""
-        return self._held is not None
+        self._later: dict[str, float | Tensor] = {}
+        self._has_said_later = False
 
     @property
     def has_earlier(self) -> bool:
@@ -263,10 +267,20 @@ class Loop:
         """
         self._put_in(self._now, values)
 
-    def put_in_held(self, values: Mapping[str, Any]) -> None:
-        """Like ``put``, but for the step that is held."""
+    def put_between(self, values: Mapping[str, Any]) -> None:
+        """Like ``put``, but for the step that is held or, if it has been recorded, for the next one.
+
+        There, a value that is put for that step itself takes precedence.
+        """
         if self._held is not None:
             self._put_in(self._held.batches, values)
+            return
+        if not self._has_said_later:
+            self._has_said_later = True
+            logger.warning(_LATER, ", ".join(values))
+        for name, value in self.checked(values).items():
+            if value is not None:
+                self._later[name] = value
 
     def _put_in(self, batches: _Batches, values: Mapping[str, Any]) -> None:
         for name, value in self.checked(values).items():
@@ -316,10 +330,15 @@ class Loop:
             self._record(self._taken(epoch, global_step))
 
     def hold(self, *, epoch: int) -> None:
-        """Ends the step, if the optimizer has stepped, but records it only with the next one: ``put_in_held``."""
+        """Ends the step, if the optimizer has stepped, but records it later: ``put_between`` may add to it.
+
+        Call it for each batch of an evaluation. It waits for two seconds at most, since others wait for the step.
+        """
         if self.has_stepped:
             self.release()
             self._held = self._taken(epoch, None)
+        elif self._held is not None and time.perf_counter() - self._held.since_s > _LONGEST_HOLD_S:
+            self.release()
 
     def release(self) -> None:
         """Records the step that is held, if there is one."""
@@ -327,9 +346,19 @@ class Loop:
         if held is not None:
             self._record(held)
 
+    def say_what_is_left(self) -> None:
+        """The run is over: says which values were put for a next step that did not come."""
+        if self._later:
+            logger.warning("not recorded, since no step followed: %s", ", ".join(self._later))
+            self._later = {}
+
     def _taken(self, epoch: int, global_step: int | None) -> _Ended:
         batches, asked_s = self._whole(), self._asked_s
-        ended = _Ended(batches, *self.parts.take(), epoch, global_step)
+        for name, value in self._later.items():
+            if name not in batches.means:
+                batches.values.setdefault(name, value)
+        self._later = {}
+        ended = _Ended(time.perf_counter(), batches, *self.parts.take(), epoch, global_step)
         self.forget()
         self._asked_s = asked_s
         return ended

@@ -102,6 +102,7 @@ class OptimizerSteps:
         self._batches = 0
         self._others = 0
         self._has_said = False
+        self._is_evaluating = False  # whether the last batch was requested without gradients
         self._is_ahead = False  # whether the last batch is for the step after the one that was made last
         self.loop.parts.on_backward = self._before_backward
 
@@ -118,9 +119,10 @@ class OptimizerSteps:
     def batch(self, samples: int | None = None) -> None:
         """The batch has arrived: records the previous step, to which ``put`` no longer applies.
 
-        With a batch requested without gradients, as for an evaluation, the step is held: ``put`` may follow.
+        With a batch requested without gradients, as for an evaluation, the step is held a while: ``put`` may follow.
         """
-        if torch.is_grad_enabled() or self._model() is None:
+        self._is_evaluating = not torch.is_grad_enabled() and self._model() is not None
+        if not self._is_evaluating:
             self.end()
             self.loop.release()
         else:
@@ -137,8 +139,8 @@ class OptimizerSteps:
         """See ``Loop.put``. If the model has run on a batch requested ahead, the values belong to its step."""
         if self._is_ahead and self.loop.has_stepped and self._stepped_s is not None and not self._feed.is_ahead:
             self._begin_next(self._stepped_s)
-        if self.loop.has_held and not self._feed.is_training:
-            self.loop.put_in_held(values)
+        if self._is_evaluating and not self._feed.is_training:
+            self.loop.put_between(values)
         else:
             self.loop.put(values)
 
@@ -201,6 +203,7 @@ class OptimizerSteps:
             self.end()
         elif self._feed.is_training:
             self.loop.skip_all(epoch=self._feed.epoch)
+        self.loop.say_what_is_left()
 
     def say_if_unseen(self) -> None:
         """Logs why no steps are recorded although the loop trains."""

@@ -17,7 +17,8 @@ from esper_otel.testing import MemoryCollector
 
 torch = pytest.importorskip("torch")
 
-from esper_otel.integrations.loader import Feed  # noqa: E402 - only where torch is
+from esper_otel.integrations import loop as loop_module  # noqa: E402 - only where torch is
+from esper_otel.integrations.loader import Feed  # noqa: E402
 from esper_otel.integrations.loop import Loop  # noqa: E402
 from esper_otel.integrations.steps import OptimizerSteps  # noqa: E402
 
@@ -262,6 +263,33 @@ def test_put_after_an_evaluation_on_the_watched_loader_belongs_to_the_step_befor
     assert [row["accuracy"] for row in found] == [0.0, 0.25, 0.5, 0.75]
     samples = [row["samples_per_s"] * (row["input_wait_ms"] + row["step_latency_ms"]) / 1e3 for row in found]
     assert samples == pytest.approx([8] * 4)
+
+
+def test_a_step_is_recorded_amid_a_long_evaluation_and_what_is_put_after_it_is_of_the_next_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loop_module, "_LONGEST_HOLD_S", 0.0)
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, loader(8))
+
+    def evaluated() -> list[object]:
+        with torch.no_grad():
+            return [watched.telemetry.health()["recorded"] for _ in watched]
+
+    for number, (inputs,) in enumerate(watched):
+        model(inputs).sum().backward()
+        optimizer.step()
+        watched.put(loss=float(number))
+        if number == 1:
+            assert evaluated() == [1, 2, 2, 2]
+            watched.put(accuracy=0.25, loss=7.0)
+    assert evaluated() == [3, 4, 4, 4]
+    watched.put(accuracy=0.5)
+    found = rows(watched)
+    assert [row["loss"] for row in found] == [0.0, 1.0, 2.0, 3.0]
+    assert [row.get("accuracy") for row in found] == [None, None, 0.25, None]
+    assert caplog.text.count("values put after an evaluation of more than two seconds (accuracy, loss)") == 1
+    assert "not recorded, since no step followed: accuracy" in caplog.text
 
 
 def test_each_of_several_optimizers_makes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
