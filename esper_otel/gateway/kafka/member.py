@@ -237,6 +237,7 @@ class Member:
         for message in self._tail.read(self._tier.topics.runs, 0):
             if message.key() == TIER_KEY:
                 kept = value_of(message)
+        self._tail.close()
         check_unchanged(self._tier, kept)
         if kept is None:
             self._producer.begin_transaction()
@@ -266,6 +267,8 @@ class Member:
         except (EsperOtelError, KafkaException) as error:  # librdkafka's own code lies between here and _cycle
             self._fault = error
             return
+        finally:
+            self._tail.close()
         if partitions:
             announce("kafka member", f"works on partitions {', '.join(map(str, sorted(self._shards)))}")
 
