@@ -20,6 +20,7 @@ from gateways import RunningGateway, post
 from programs import Redis
 from wire import bodies
 
+from esper_otel import TamiyoClient
 from esper_otel.cli import _COMMANDS, build_parser
 from esper_otel.probes.installed import GROUP, installed_probes
 from esper_otel.probes.probe import names_of
@@ -182,6 +183,8 @@ def test_a_run_at_two_gateways_is_pulled_as_the_guide_says(tmp_path: Path) -> No
             run = replace(RUN, run_id="digits-7")
             for body in bodies(make_frame(run=run, sequence=n, global_step=n, time_unix_ns=at) for n, at in times):
                 post(gateway.http, body)
+        with TamiyoClient(second.grpc) as client:  # they wait there for those before them
+            assert client.pull("digits-7", wait_s=60.0)
         program = EXAMPLES["several"].replace("127.0.0.1:4327", first.grpc).replace("127.0.0.1:5327", second.grpc)
         (tmp_path / "controller.py").write_text(program.replace("client.ended", "not client.ended"), encoding="utf-8")
         done = warm.run(tmp_path / "controller.py", imported=warm.PACKAGE)
