@@ -159,13 +159,13 @@ exporters:
 
 @contextmanager
 def trained(sessions: dict[str, Telemetry]) -> Iterator[None]:
-    """Five steps a second of each run, while the block runs."""
+    """Ten steps a second of each run, while the block runs."""
     over = threading.Event()
     started_s = time.monotonic()
 
     def train() -> None:
         violations = 0
-        while not over.wait(0.2):
+        while not over.wait(0.1):
             for run_id, telemetry in sessions.items():
                 since_s = time.monotonic() - started_s
                 values = HEALTHY | ({} if run_id in LATER and since_s < 15 else RUNS[run_id][0])
