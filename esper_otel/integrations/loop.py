@@ -265,29 +265,21 @@ class Loop:
             UnknownMetric: a name is not declared.
             InvalidValue: a value is not a single number.
         """
-        self._put_in(self._now, values)
+        for name, value in self.checked(values).items():
+            if value is None:
+                self._now.values.pop(name, None)
+            else:
+                self._now.values[name] = value
 
     def put_between(self, values: Mapping[str, Any]) -> None:
         """Like ``put``, but for the step that is held or, if it has been recorded, for the next one.
 
-        There, a value that is put for that step itself takes precedence.
+        A value that was put for that step itself takes precedence: those of an evaluation's batches come here, too.
         """
-        if self._held is not None:
-            self._put_in(self._held.batches, values)
-            return
-        if not self._has_said_later:
+        if self._held is None and not self._has_said_later:
             self._has_said_later = True
             logger.warning(_LATER, ", ".join(values))
-        for name, value in self.checked(values).items():
-            if value is not None:
-                self._later[name] = value
-
-    def _put_in(self, batches: _Batches, values: Mapping[str, Any]) -> None:
-        for name, value in self.checked(values).items():
-            if value is None:
-                batches.values.pop(name, None)
-            else:
-                batches.values[name] = value
+        self._later |= {name: value for name, value in self.checked(values).items() if value is not None}
 
     def checked(self, values: Mapping[str, Any]) -> dict[str, float | Tensor | None]:
         """Returns the numbers by their full names. If mistakes are not raised, notes them and leaves them out.
@@ -344,6 +336,7 @@ class Loop:
         """Records the step that is held, if there is one."""
         held, self._held = self._held, None
         if held is not None:
+            self._add_later(held.batches)
             self._record(held)
 
     def say_what_is_left(self) -> None:
@@ -352,12 +345,16 @@ class Loop:
             logger.warning("not recorded, since no step followed: %s", ", ".join(self._later))
             self._later = {}
 
-    def _taken(self, epoch: int, global_step: int | None) -> _Ended:
-        batches, asked_s = self._whole(), self._asked_s
+    def _add_later(self, batches: _Batches) -> None:
+        """Adds the values of ``put_between`` to those of a step, as far as it has none of its own."""
         for name, value in self._later.items():
             if name not in batches.means:
                 batches.values.setdefault(name, value)
         self._later = {}
+
+    def _taken(self, epoch: int, global_step: int | None) -> _Ended:
+        batches, asked_s = self._whole(), self._asked_s
+        self._add_later(batches)
         ended = _Ended(time.perf_counter(), batches, *self.parts.take(), epoch, global_step)
         self.forget()
         self._asked_s = asked_s

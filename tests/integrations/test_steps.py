@@ -254,12 +254,14 @@ def test_put_after_an_evaluation_on_the_watched_loader_belongs_to_the_step_befor
     for number, (inputs,) in enumerate(watched):
         model(inputs).sum().backward()
         optimizer.step()
+        watched.put(loss=float(number))
         if number % 2:
             with torch.no_grad():
                 for (others,) in watched:
-                    model(others)
+                    watched.put(loss=9.0 + len(model(others)))  # of no step
         watched.put(accuracy=number / 4)
     found = rows(watched)
+    assert [row["loss"] for row in found] == [0.0, 1.0, 2.0, 3.0]
     assert [row["accuracy"] for row in found] == [0.0, 0.25, 0.5, 0.75]
     samples = [row["samples_per_s"] * (row["input_wait_ms"] + row["step_latency_ms"]) / 1e3 for row in found]
     assert samples == pytest.approx([8] * 4)
